@@ -1,0 +1,352 @@
+"""How far can 28x28 = 784 pixels be squeezed, and what does a small network see on the way?
+
+Section 1 of the report: a convolutional autoencoder, its loss, its latent space, its filters.
+
+    python ae.py                        our best training of the report's final model
+    python ae.py --folds 5              the same with 5-fold cross validation (table 1)
+    python ae.py --recipe report        the report's own settings
+    python ae.py --recipe first         its first, untuned training: latent 100 (table 1, figure 1)
+    python ae.py --fast                 smoke test in seconds
+
+RECEIPT
+"""
+
+import argparse
+import math
+import statistics
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.model_selection import cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
+from torchvision.utils import make_grid
+
+import common
+
+# --------------------------------------------------------------------------- flags
+
+RECIPES = {
+    "best": {},
+    # the report's best trial; no schedule, left-right flips
+    "report": {"lr": 0.002, "batch_size": 48, "weight_decay": 5e-5, "schedule": "constant",
+               "augment": "flip"},
+    # the report's first training. Only the latent size is known; PyTorch's defaults stand in for
+    # the rest: Adam 0.001, nn.Dropout() with p = 0.5
+    "first": {"latent_dim": 100, "hidden": 100, "lr": 0.001, "batch_size": 64, "dropout": 0.5,
+              "epochs": 10, "schedule": "constant", "augment": "flip"},
+}
+
+
+def parse_args(argv=None):
+    number = common.number
+    parser = common.Parser(description=__doc__.partition("\n")[0])
+    group = parser.add_argument_group("model")
+    group.add_argument("--latent-dim", type=number(int, 1, 784), default=38,
+                       help="size D of the code z: more sharpens the images")
+    group.add_argument("--hidden", type=number(int, 1, 4096), default=38,
+                       help="width before z; below --latent-dim, z has the rank of --hidden")
+    group.add_argument("--filters", type=number(int, 1, 512), nargs=2, default=[8, 16],
+                       help="maps of the encoder's two convolutions")
+    group.add_argument("--decoder-filters", type=number(int, 1, 512), nargs=3, default=[10, 32, 16],
+                       help="maps that enter the decoder's three transposed convolutions")
+    group.add_argument("--batchnorm", action=argparse.BooleanOptionalAction, default=True,
+                       help="normalise the encoder's maps over the batch")
+    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0,
+                       help="probability to zero a hidden unit in training")
+    group = parser.add_argument_group("loss and optimiser")
+    group.add_argument("--recipe", choices=RECIPES, default="best",
+                       help="best: these defaults; report, first: the report's two trainings")
+    group.add_argument("--folds", type=number(int, 1, 20), default=1,
+                       help="1: one 80/20 split; k: k-fold cross validation")
+    group.add_argument("--schedule", choices=("onecycle", "constant"), default="onecycle",
+                       help="onecycle: rise for 30 %% of the steps, then fall to zero")
+    group.add_argument("--optimizer", choices=("adam", "sgd"), default="adam",
+                       help="sgd is plain: no momentum")
+    group.add_argument("--weight-decay", type=number(float, 0, 1), default=0.0,
+                       help="L2: this factor times every weight is added to its gradient")
+    group.add_argument("--l1", type=number(float, 0, 1), default=0.0,
+                       help="L1: this factor times the sum of |w| is added to the loss")
+    group.add_argument("--augment", choices=("none", "flip", "rotate"), default="none",
+                       help="random changes to each training image")
+    common.add_flags(parser, epochs=25, batch_size=64, lr=0.01)
+    return common.parse(parser, "ae", argv, RECIPES, fast={"epochs": 3})
+
+
+# --------------------------------------------------------------------------- model
+
+
+class Encoder(nn.Module):
+    """x (B, 1, 28, 28) -> code z (B, D)."""
+
+    def __init__(self, latent_dim, hidden, filters, dropout, batchnorm):
+        super().__init__()
+        f1, f2 = filters
+        norm = nn.BatchNorm2d if batchnorm else nn.Identity
+        self.block1 = nn.Sequential(nn.Conv2d(1, f1, 3), nn.ReLU(), norm(f1), nn.MaxPool2d(2))
+        self.block2 = nn.Sequential(nn.Conv2d(f1, f2, 3), nn.ReLU(), norm(f2), nn.MaxPool2d(2))
+        self.linear = nn.Sequential(nn.Flatten(), nn.Linear(f2 * 5 * 5, hidden),
+                                    nn.Dropout(dropout), nn.ReLU(), nn.Linear(hidden, latent_dim))
+
+    def forward(self, x):      # (B, 1, 28, 28)
+        x = self.block1(x)     # (B, f1, 13, 13): 3x3 without padding takes 28 to 26, pooling to 13
+        x = self.block2(x)     # (B, f2, 5, 5)
+        return self.linear(x)  # (B, D)
+
+
+class Decoder(nn.Module):
+    """Code z (B, D) -> recon_x (B, 1, 28, 28) in (0, 1)."""
+
+    def __init__(self, latent_dim, decoder_filters, dropout):
+        super().__init__()
+        f1, f2, f3 = decoder_filters
+        self.linear = nn.Sequential(nn.Linear(latent_dim, f1 * 3 * 3), nn.Dropout(dropout),
+                                    nn.ReLU(), nn.Unflatten(1, (f1, 3, 3)))
+        self.block1 = nn.Sequential(nn.ConvTranspose2d(f1, f2, 3, stride=2), nn.ReLU())
+        self.block2 = nn.Sequential(
+            nn.ConvTranspose2d(f2, f3, 3, stride=2, padding=1, output_padding=1), nn.ReLU())
+        self.out = nn.ConvTranspose2d(f3, 1, 3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, z):      # (B, D)
+        x = self.linear(z)     # (B, f1, 3, 3)
+        x = self.block1(x)     # (B, f2, 7, 7)
+        x = self.block2(x)     # (B, f3, 14, 14)
+        return torch.sigmoid(self.out(x))  # (B, 1, 28, 28); the data is in [0, 1] too
+
+
+class Autoencoder(nn.Module):
+    """x (B, 1, 28, 28) -> recon_x (B, 1, 28, 28), through z (B, D)."""
+
+    def __init__(self, latent_dim=38, hidden=38, filters=(8, 16), decoder_filters=(10, 32, 16),
+                 dropout=0.0, batchnorm=True):
+        super().__init__()
+        self.encoder = Encoder(latent_dim, hidden, filters, dropout, batchnorm)
+        self.decoder = Decoder(latent_dim, decoder_filters, dropout)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+# --------------------------------------------------------------------------- loss
+
+
+def mse(recon_x, x):
+    """Mean squared error per pixel: the mean over all pixels of all images, a scalar."""
+    return F.mse_loss(recon_x, x)
+
+
+def l1_penalty(model):
+    """Sum of |w| over the weights of convolutions and linear layers.
+
+    Biases and BatchNorm are left out: they do not multiply inputs with each other, and shrinking
+    BatchNorm's scale would only be undone by the next layer.
+    """
+    layers = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    return sum(m.weight.abs().sum() for m in model.modules() if isinstance(m, layers))
+
+
+# --------------------------------------------------------------------------- training
+
+
+def train_epoch(model, x, optimizer, schedule, args, generator):
+    """One pass over x (N, 1, 28, 28); returns the mean training loss per image."""
+    model.train()
+    total = 0.0
+    for step, idx in enumerate(common.batches(len(x), args.batch_size, generator, x.device)):
+        batch = common.augment(x[idx], args.augment, generator)
+
+        recon_x = model(batch)
+        loss = mse(recon_x, batch)
+        if args.l1:
+            loss = loss + args.l1 * l1_penalty(model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+        total += common.finite(loss, step) * len(idx)
+    return total / len(x)
+
+
+def make_optimizer(model, args, n):
+    """Optimiser and learning rate schedule, advanced after every step, for n training images."""
+    if args.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay,
+                                     fused=True)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    if args.schedule == "onecycle":  # a high rate explores, the decay to zero then settles
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, args.lr, epochs=args.epochs, steps_per_epoch=math.ceil(n / args.batch_size))
+    else:
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return optimizer, schedule
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def reconstruct(model, x):
+    """recon_x (N, 1, 28, 28) in evaluation mode, order kept."""
+    model.eval()  # BatchNorm uses its running statistics, dropout is off
+    return torch.cat([model(batch) for batch in x.split(1000)])
+
+
+@torch.no_grad()
+def encode(model, x):
+    """z (N, D) in evaluation mode, order kept."""
+    model.eval()
+    return torch.cat([model.encoder(batch) for batch in x.split(1000)])
+
+
+def evaluate(model, x):
+    """MSE per pixel over all of x: one mean, not a mean of batch means."""
+    return mse(reconstruct(model, x), x).item()
+
+
+# --------------------------------------------------------------------------- figures
+
+
+def draw_reconstructions(folder, data, rows):
+    """Figures 1 and 2: one test image of each class, and what each model makes of it.
+
+    rows: {label: (N, 1, 28, 28), an image for each test image}.
+    """
+    first = [(data.y_test == c).nonzero()[0].item() for c in range(len(data.classes))]
+    fig = Figure(figsize=(10, 1.1 * len(rows) + 0.6), layout="constrained")
+    for ax, (label, x) in zip(fig.subplots(len(rows)), rows.items(), strict=True):
+        common.show_images(ax, x[first], columns=len(first))
+        ax.set_ylabel(label)
+    ax.set_xticks([15 + 29 * c for c in range(len(first))], data.classes)
+    fig.suptitle(f"{data.name}, test images and their reconstructions")
+    fig.savefig(folder / "fig02_reconstructions.png", dpi=120)
+
+
+def draw_latent(folder, z, data, dims, seed, numbers=(4, 5, 6)):
+    """Figures 4 to 6: two dimensions of z (N, D), and all of them by PCA and by t-SNE.
+
+    Returns {"z", "tsne": accuracy of a 5-nearest-neighbour vote there, 5-fold}: how well the
+    classes keep apart. At most 3,000 points: t-SNE takes minutes for 10,000.
+    """
+    z, y = z[:3000].double().cpu().numpy(), data.y_test[:3000].cpu().numpy()
+    tsne = TSNE(init="random", random_state=seed).fit_transform(z)
+    accuracy = {name: cross_val_score(KNeighborsClassifier(5), points, y, cv=5).mean().item()
+                for name, points in (("z", z), ("tsne", tsne))}
+    pca = PCA(min(2, z.shape[1])).fit_transform(z)
+    maps = {"latent": (z[:, dims], f"dimensions {dims[0]} and {dims[1]} of z",
+                       [f"z[{d}]" for d in dims]),
+            "pca": (pca[:, [0, -1]], f"PCA of all {z.shape[1]} dimensions of z",
+                    ["first component", "second component"]),
+            "tsne": (tsne, f"t-SNE of z, 5-NN accuracy {accuracy['tsne']:.2f}", ["", ""])}
+    for number, (name, (points, title, labels)) in zip(numbers, maps.items(), strict=True):
+        common.plot_scatter(folder, f"fig{number:02d}_{name}", points, y, data.classes,
+                            f"{data.name} test images: {title}", labels)
+    return accuracy
+
+
+def draw_maps(folder, name, maps, columns, title, cmap="viridis", symmetric=False):
+    """Small maps (N, H, W), kernels or activations, side by side on one colour scale."""
+    grid = make_grid(maps.cpu()[:, None], nrow=columns, padding=1, pad_value=float("nan"))[0]
+    height, width = grid.shape
+    top = maps.abs().max().item()
+    fig = Figure(figsize=(9, 1.2 + 8 * height / width), layout="constrained")
+    ax = fig.subplots()
+    image = ax.imshow(grid.numpy(), cmap=cmap, vmin=-top if symmetric else 0, vmax=top)
+    ax.set(title=title, xticks=[], yticks=[])
+    fig.colorbar(image, shrink=0.9)
+    fig.savefig(folder / f"{name}.png", dpi=120)
+
+
+def draw_kernels(folder, model, data_name):
+    """Figures 7 to 11: the kernels of each layer, one for each pair of a map in and a map out."""
+    encoder, decoder = model.encoder, model.decoder
+    layers = {"encoder_conv1": encoder.block1[0], "encoder_conv2": encoder.block2[0],
+              "decoder_conv1": decoder.block1[0], "decoder_conv2": decoder.block2[0],
+              "decoder_conv3": decoder.out}
+    for number, (name, layer) in enumerate(layers.items(), start=7):
+        w = layer.weight.detach()
+        if w.shape[0] > w.shape[1]:
+            w = w.transpose(0, 1)  # lying down it fits the page
+        draw_maps(folder, f"fig{number:02d}_{name}_kernels", w.flatten(0, 1), w.shape[1],
+                  f"{data_name}, {name}: the 3x3 kernels between {layer.in_channels} and "
+                  f"{layer.out_channels} maps", cmap="RdBu_r", symmetric=True)
+
+
+@torch.no_grad()
+def draw_activations(folder, model, data):
+    """Figures 12 to 15: what each block makes of one pullover (digits: of one 2)."""
+    model.eval()
+    x = data.x_test[data.y_test == 2][:1]  # (1, 1, 28, 28)
+    x1 = model.encoder.block1(x)
+    x2 = model.encoder.block2(x1)
+    x3 = model.decoder.block1(model.decoder.linear(model.encoder.linear(x2)))
+    x4 = model.decoder.block2(x3)
+    names = ("encoder_conv1", "encoder_conv2", "decoder_conv1", "decoder_conv2")
+    for number, (name, maps) in enumerate(zip(names, (x1, x2, x3, x4), strict=True), start=12):
+        draw_maps(folder, f"fig{number}_{name}_activations", maps[0], 8,
+                  f"{data.name}, a test {data.classes[2]}: activations after {name}, "
+                  f"{maps.shape[1]} maps of {maps.shape[2]}x{maps.shape[3]}")
+
+
+# --------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    """Train, test once, draw; returns the metrics as a dict."""
+    args = parse_args(argv)
+    data = common.load_data(args)
+    run = common.Run(args, data, select="val_mse")
+    with run:
+        def new_model():
+            return Autoencoder(args.latent_dim, args.hidden, args.filters, args.decoder_filters,
+                               args.dropout, args.batchnorm).to(args.device)
+
+        for fold, (train, val) in enumerate(common.splits(data.y_train, args.folds, args.seed)):
+            x_train, x_val = data.x_train[train], data.x_train[val]
+            common.seed_everything(args.seed, fold)
+            model = new_model()
+            optimizer, schedule = make_optimizer(model, args, len(x_train))
+            for _, generator in run.epochs(fold, model=model, optimizer=optimizer,
+                                           schedule=schedule):
+                start = time.perf_counter()
+                train_loss = train_epoch(model, x_train, optimizer, schedule, args, generator)
+                seconds = time.perf_counter() - start
+                run.end_epoch(
+                    train_loss=train_loss,  # with dropout, augmentation and penalty, on the way
+                    train_mse=evaluate(model, x_train[:len(x_val)]),  # these two compare
+                    val_mse=evaluate(model, x_val), seconds=seconds)
+
+        # the one look at the test set, with each fold's weights of its best validation epoch
+        test_mse = []
+        for fold in range(args.folds):
+            model.load_state_dict(run.best[fold]["model"])
+            test_mse.append(evaluate(model, data.x_test))
+        recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
+
+        draw_reconstructions(run.folder, data, {
+            "original": data.x_test, "AE": reconstruct(model, data.x_test), "PCA": recon_pca})
+        common.plot_curves(run.folder, "fig03_loss", run.history, ("train_mse", "val_mse"),
+                           "MSE per pixel", f"{data.name}: autoencoder, latent {args.latent_dim}")
+        dims = [2, 3] if args.latent_dim > 3 else [0, args.latent_dim - 1]
+        knn = draw_latent(run.folder, encode(model, data.x_test), data, dims, args.seed)
+        draw_kernels(run.folder, model, data.name)
+        draw_activations(run.folder, model, data)
+
+        metrics = {"test_mse": statistics.mean(test_mse),
+                   "pca_mse": mse(recon_pca, data.x_test).item(),
+                   "train_mse": evaluate(model, x_train), "val_mse": evaluate(model, x_val),
+                   "parameters": sum(p.numel() for p in model.parameters()),
+                   "latent_dim": args.latent_dim, "knn_accuracy": knn}
+        if args.folds > 1:
+            metrics |= {"folds": args.folds, "test_mse_std": statistics.stdev(test_mse),
+                        "fold_test_mse": test_mse}
+        return run.finish(metrics)
+
+
+if __name__ == "__main__":
+    main()

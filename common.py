@@ -1,0 +1,549 @@
+"""What the scripts share and none of them teaches: flags, data, splits, the run folder, plotting.
+
+Exit status everywhere: 0 done, 1 the training failed (a loss that is not finite, a full disk),
+2 wrong input, 130 interrupted. Each comes with one line on stderr.
+"""
+
+import argparse
+import copy
+import gzip
+import hashlib
+import http.client
+import json
+import math
+import os
+import pickle
+import platform
+import shlex
+import socket
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import sklearn
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.model_selection import StratifiedKFold, train_test_split
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+
+def fail(message, status=2):
+    """Print one line on stderr and leave with this exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+# --------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, no abbreviated flags, and errors of one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        fail(f"{message} (see {self.prog} --help)")
+
+
+def number(kind, low, high):
+    """An argparse type: an int or a float between low and high; nan and inf are refused."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    convert.__name__ = {int: "whole number", float: "number"}[kind]  # for "invalid ... value"
+    return convert
+
+
+def add_flags(parser, epochs, batch_size, lr):
+    """The flags of every script that trains, with its own defaults for the three."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1, 10_000), default=epochs,
+                       help="passes over the training images")
+    group.add_argument("--batch-size", type=number(int, 1, 60_000), default=batch_size,
+                       help="images per step: fewer make more, noisier steps")
+    group.add_argument("--lr", type=number(float, 1e-8, 100), default=lr,
+                       help="learning rate; where it follows a schedule, its peak")
+    group = parser.add_argument_group("run")
+    group.add_argument("--fast", action="store_true",
+                       help="smoke test: the real code, few images and steps, no download")
+    group.add_argument("--data", choices=("auto", "fashion", "digits"), default="auto",
+                       help="auto: FashionMNIST if it can be had, else scikit-learn's digits")
+    group.add_argument("--data-dir", default="data", metavar="DIR",
+                       help="where FashionMNIST lies or is downloaded to")
+    group.add_argument("--out-dir", metavar="DIR",
+                       help="folder for the results, new or empty; else a new one in runs/")
+    group.add_argument("--resume", metavar="DIR",
+                       help="go on with the interrupted run in DIR, with its flags")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
+                       help="same command, same seed, same machine: same numbers")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                       help="auto: a GPU if there is one")
+
+
+def parse(parser, script, argv, recipes, fast):
+    """Parse argv. An explicit flag wins over fast's defaults, those over the recipe's.
+
+    recipes: {name: {flag: default}}, fast: {flag: default}. With --resume the flags are those of
+    the run's checkpoint (it comes back as args.state); a flag that contradicts them is refused,
+    for the run would no longer be the one that was interrupted.
+    """
+    args = parser.parse_args(argv)
+    state, saved = None, {}
+    if args.resume:
+        if args.out_dir:
+            parser.error("--resume goes on in its own folder: leave --out-dir out")
+        state = load_checkpoint(Path(args.resume) / "checkpoint.pt", script)
+        saved = state["flags"]
+        parser.set_defaults(**saved)
+    else:
+        parser.set_defaults(**recipes[args.recipe])
+        if args.fast:
+            parser.set_defaults(**fast)
+    args = parser.parse_args(argv)
+    for flag, value in saved.items():
+        if flag not in ("data_dir", "device") and getattr(args, flag) != value:
+            parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: "
+                         "leave it out, or start a new run")
+    args.device = pick_device(args.device)
+    args.script, args.state = script, state
+    args.command = shlex.join([f"{script}.py", *(sys.argv[1:] if argv is None else argv)])
+    return args
+
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda' or 'mps' -> the device's name; exit 2 where it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if there[device])
+    return name if there[name] else fail(f"--device {name}: this machine has none; try auto")
+
+
+def seed_everything(*numbers):
+    """Seed torch's global generators (weights, dropout, noise); return a CPU generator.
+
+    The generator is for what must not depend on the device (shuffling, augmentation). An epoch
+    calls this with (seed, fold, epoch): its draws follow from these three numbers alone, so a
+    resumed run needs no stored generator states to repeat them.
+    """
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.backends.cudnn.deterministic = True  # costs a little speed on CUDA, none elsewhere
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+# --------------------------------------------------------------------------- data
+
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+           "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+SHA256 = {  # of the extracted files: torchvision only looks whether they exist
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+MIRRORS = (*torchvision.datasets.FashionMNIST.mirrors,
+           "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/")
+
+
+class Data(NamedTuple):
+    """x: (N, 1, 28, 28) float32 in [0, 1]; y: (N,) int64, an index into classes; on one device."""
+
+    name: str  # for titles: "FashionMNIST" or "digits"
+    classes: tuple
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+
+
+def load_data(args):
+    """The data that --data, --data-dir and --fast ask for, on args.device; exit 2 if not to be had.
+
+    Sets args.data to what was loaded, so that a resumed run gets the same.
+    """
+    arrays = None
+    if args.data != "digits":
+        try:
+            arrays = read_fashion(Path(args.data_dir) / "FashionMNIST" / "raw", not args.fast)
+        except LookupError as problem:
+            if args.data == "fashion":
+                fail(f"{problem}; --data digits needs no download")
+            print(f"{problem}: using scikit-learn's 1,797 digits instead")
+    args.data = "fashion" if arrays else "digits"
+    name, classes = ("FashionMNIST", CLASSES) if arrays else ("digits", tuple("0123456789"))
+    x_train, y_train, x_test, y_test = (
+        torch.tensor(array).to(args.device) for array in arrays or read_digits())
+    if args.fast:
+        x_train, y_train, x_test, y_test = (
+            x_train[:1000], y_train[:1000], x_test[:300], y_test[:300])
+    return Data(name, classes, x_train.unsqueeze(1), y_train, x_test.unsqueeze(1), y_test)
+
+
+def read_digits():
+    """scikit-learn's digits as arrays (x_train, y_train, x_test, y_test), x (N, 28, 28)."""
+    x, y = load_digits(return_X_y=True)
+    x = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    x = F.interpolate(x, size=(28, 28), mode="bilinear")[:, 0].numpy()
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, y, test_size=0.2, stratify=y, random_state=0)  # fixed: no --seed changes the test set
+    return x_train, y_train, x_test, y_test
+
+
+def read_fashion(raw, download):
+    """FashionMNIST in the folder raw as arrays (x_train, y_train, x_test, y_test), x (N, 28, 28).
+
+    What is missing or damaged is downloaded if download is set. LookupError where it stays so.
+    """
+    files = {name: read_verified(raw / name) for name in SHA256}
+    bad = [name for name, content in files.items() if content is None]
+    if bad and download:
+        download_fashion(raw)
+        return read_fashion(raw, download=False)
+    if bad:
+        raise LookupError(f"FashionMNIST in {raw}: missing or damaged: {', '.join(bad)}")
+    return [np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28) / np.float32(255)
+            if "images" in name else np.frombuffer(content, np.uint8, offset=8).astype(np.int64)
+            for name, content in files.items()]  # SHA-256 has checked the headers too
+
+
+def read_verified(path):
+    """The content of path, or else of path.gz, if its SHA-256 is right; None otherwise."""
+    for file, opener in ((path, open), (Path(f"{path}.gz"), gzip.open)):
+        try:
+            with opener(file, "rb") as f:
+                content = f.read()
+        except (OSError, EOFError, zlib.error):
+            continue
+        if hashlib.sha256(content).hexdigest() == SHA256[path.name]:
+            return content
+    return None
+
+
+def download_fashion(raw):
+    """Download the four files through torchvision; LookupError where no mirror serves them.
+
+    They are moved to raw when complete: an interrupted download leaves nothing half done, and a
+    damaged file gives way only to a good one.
+    """
+    print(f"downloading FashionMNIST (30 MB) to {raw}", flush=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # seconds without an answer; torchvision sets none
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw) as folder:
+            for mirror in MIRRORS:  # one by one: torchvision's own loop ends at a time-out
+                source = type("FashionMNIST", (torchvision.datasets.FashionMNIST,),
+                              {"mirrors": [mirror]})
+                try:
+                    source(folder, download=True)
+                except (OSError, RuntimeError, http.client.HTTPException) as error:
+                    problem = error
+                    continue
+                for name in SHA256:
+                    os.replace(Path(folder) / "FashionMNIST" / "raw" / name, raw / name)
+                return
+        problem = " ".join(str(problem).split())
+        raise LookupError(f"FashionMNIST could not be downloaded ({problem})")
+    except OSError as error:
+        raise LookupError(f"FashionMNIST could not be written to {raw} ({error})") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def splits(y, folds, seed):
+    """[(training indices, validation indices)]: one stratified 80/20 split, or stratified k-fold.
+
+    y: (N,) class labels. Indices are int64 tensors on y's device, disjoint; over k folds the
+    validation parts cover everything once.
+    """
+    if folds == 1:
+        pairs = [train_test_split(np.arange(len(y)), test_size=0.2, stratify=y, random_state=seed)]
+    else:
+        pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)
+    return [tuple(torch.tensor(part) for part in pair) for pair in pairs]
+
+
+def batches(n, batch_size, generator, device="cpu"):
+    """One epoch's minibatches: index tensors (B,) in a new random order, with a progress bar.
+
+    The order is drawn on the CPU, so it is the same on every device.
+    """
+    order = torch.randperm(n, generator=generator).to(device)
+    return tqdm(order.split(batch_size), disable=None, leave=False)  # None: only on a terminal
+
+
+def augment(x, kind, generator):
+    """Change each image of x (B, 1, 28, 28) by a draw of its own.
+
+    kind: "none"; "flip", left-right with probability 1/2; "rotate", by up to 15 degrees.
+    """
+    if kind == "flip":
+        flipped = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device) < 0.5
+        return torch.where(flipped, x.flip(3), x)
+    if kind == "rotate":
+        angle = (torch.rand(len(x), generator=generator).to(x.device) * 2 - 1) * math.radians(15)
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+        rotation = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(rotation, x.shape, align_corners=False)
+        return F.grid_sample(x, grid, align_corners=False)
+    return x
+
+
+def pca_reconstruct(x_train, x_test, k):
+    """x_test (N, 1, 28, 28) rebuilt from its first k principal components, fitted on x_train.
+
+    The best linear autoencoder there is: what any other has to beat.
+    """
+    pca = PCA(min(k, len(x_train)), svd_solver="covariance_eigh")
+    pca.fit(x_train.flatten(1).cpu().double().numpy())
+    x_hat = pca.inverse_transform(pca.transform(x_test.flatten(1).cpu().double().numpy()))
+    return torch.tensor(x_hat, dtype=torch.float32, device=x_test.device).view_as(x_test)
+
+
+# --------------------------------------------------------------------------- run folder
+
+
+@contextmanager
+def atomic(path):
+    """Write to a temporary file that replaces path only once it is complete and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path, value):
+    """Strict JSON (nan and inf raise ValueError), written atomically."""
+    with atomic(path) as f:
+        f.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def load_checkpoint(path, script):
+    """The state that Run saved; exit 2 where it is missing, damaged, foreign or malicious."""
+    if not path.is_file():
+        fail(f"{path} does not exist: nothing to resume (a run saves after each epoch)")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not compare the CRC sums
+                raise zipfile.BadZipFile("CRC mismatch")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    except pickle.UnpicklingError:
+        fail(f"{path} holds more than plain tensors and numbers: refused, it could run code")
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+        fail(f"{path} is damaged: start a new run")
+    if not isinstance(state, dict) or state.get("script") != script:
+        made_by = state.get("script") if isinstance(state, dict) else None
+        fail(f"{path} was saved by {f'{made_by}.py' if made_by else 'another program'}, "
+             f"not by {script}.py")
+    return state
+
+
+def find_run(script, data, latent_dim, path=None, runs="runs"):
+    """The folder of a finished run: path, or the newest in runs that fits; None where none does.
+
+    It fits if it is not --fast and has this data ("fashion", "digits") and latent dimension. A
+    path that is not such a run, --fast or not, is exit 2.
+    """
+    def fits(folder):
+        try:
+            metrics = json.loads((folder / "metrics.json").read_text())
+            flags = metrics["flags"]
+            return (metrics["script"], flags["data"], flags["latent_dim"]) == (
+                script, data, latent_dim) and (path or not flags["fast"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    if path:
+        if not fits(Path(path)):
+            fail(f"{path} is not a finished run of {script}.py with --data {data} "
+                 f"--latent-dim {latent_dim}")
+        return Path(path)
+    found = filter(fits, Path(runs).glob("*/"))
+    newest = max(found, key=lambda f: (f / "metrics.json").stat().st_mtime, default=None)
+    if newest:
+        print(f"using {newest}, the newest finished run of {script}.py that fits")
+    return newest
+
+
+class Run:
+    """The folder of one run: config.json, log.jsonl, checkpoint.pt, metrics.json, figures.
+
+    Used as `with Run(args, data, select="val_mse") as run`: inside, a Ctrl-C, a full disk or a
+    loss that is not finite ends in one line, with what was saved and how to go on. Attributes:
+    folder; history, one dict per epoch; best, {fold: {"epoch", select, "model": state_dict}}.
+    """
+
+    def __init__(self, args, data, select):
+        self.args, self.select, state = args, select, args.state
+        self.flags = {k: v for k, v in vars(args).items()
+                      if k not in ("script", "state", "command", "out_dir", "resume")}
+        self.state, self.fold, self.epoch = state, 0, 0
+        self.history = state["history"] if state else []
+        self.best = state["best"] if state else {}
+        self.folder = Path(args.resume) if state else self.new_folder()
+        gpu = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
+        self.config = {
+            "script": args.script, "command": f"python {args.command}", "flags": self.flags,
+            "data": args.data, "seed": args.seed, "device": args.device,
+            "machine": f"{platform.system()} {platform.machine()}, "
+                       f"{torch.get_num_threads()} CPU threads{gpu}",
+            "versions": {"python": platform.python_version(), **{
+                m.__name__: str(m.__version__)
+                for m in (torch, torchvision, np, sklearn, matplotlib)}}}
+        if not state:
+            save_json(self.folder / "config.json", self.config)
+        print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
+              f"{args.device}; writing to {self.folder}", flush=True)
+
+    def new_folder(self):
+        """--out-dir, refused unless new or empty; or runs/SCRIPT-TIME, new in any case."""
+        out = self.args.out_dir
+        try:
+            if out:
+                Path(out).mkdir(parents=True, exist_ok=True)
+                if any(Path(out).iterdir()):
+                    fail(f"--out-dir {out} is not empty: name a new folder, or --resume {out}")
+                return Path(out)
+            name = time.strftime(f"runs/{self.args.script}-%Y%m%d-%H%M%S")
+            for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+                with suppress(FileExistsError):  # another run of this very second
+                    Path(name + suffix).mkdir(parents=True)
+                    return Path(name + suffix)
+            fail(f"{name} and 98 more are there already: name a folder with --out-dir")
+        except OSError as error:
+            fail(f"cannot create {out or 'runs'} ({error.strerror}): name another with --out-dir")
+
+    def epochs(self, fold, **parts):
+        """Yield (epoch, generator) for each epoch of this fold that is still to be trained.
+
+        parts: model=, optimizer=, schedule=, ..., whatever has a state_dict(). They are restored
+        first where the checkpoint stands in this fold, and saved by end_epoch.
+        """
+        self.fold, self.parts, first = fold, parts, 1
+        if self.state and fold < self.state["fold"]:
+            return  # finished before the interruption
+        if self.state and fold == self.state["fold"]:
+            first = self.state["epoch"] + 1
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(self.state["parts"][name])
+            except (KeyError, RuntimeError, ValueError):
+                fail(f"the checkpoint in {self.folder} does not fit this model: "
+                     f"was {self.args.script}.py changed since? Start a new run")
+        for epoch in range(first, self.args.epochs + 1):
+            self.epoch = epoch
+            yield epoch, seed_everything(self.args.seed, fold, epoch)
+
+    def end_epoch(self, **row):
+        """Log the epoch's numbers, keep the best weights, write the checkpoint."""
+        row = {"fold": self.fold, "epoch": self.epoch, **row}
+        self.history.append(row)
+        if self.fold not in self.best or row[self.select] < self.best[self.fold][self.select]:
+            self.best[self.fold] = {  # a copy: state_dict() holds references, which train on
+                "epoch": self.epoch, self.select: row[self.select],
+                "model": copy.deepcopy(self.parts["model"].state_dict())}
+        with atomic(self.folder / "log.jsonl") as f:
+            f.writelines((json.dumps(r, allow_nan=False) + "\n").encode() for r in self.history)
+        with atomic(self.folder / "checkpoint.pt") as f:
+            torch.save({"script": self.args.script, "flags": self.flags, "fold": self.fold,
+                        "epoch": self.epoch, "history": self.history, "best": self.best,
+                        "parts": {k: p.state_dict() for k, p in self.parts.items()}}, f)
+        fold = f"fold {self.fold + 1}  " if getattr(self.args, "folds", 1) > 1 else ""
+        print(f"{fold}epoch {self.epoch:3d}/{self.args.epochs}  " + "  ".join(
+            f"{k} {v:.5g}" for k, v in list(row.items())[2:]), flush=True)
+
+    def finish(self, metrics):
+        """Write metrics.json (the metrics, then config.json's content); return the metrics."""
+        metrics = {"epochs": self.args.epochs,
+                   "seconds_per_epoch": median(r["seconds"] for r in self.history),
+                   "fast": self.args.fast, **metrics, **self.config}
+        save_json(self.folder / "metrics.json", metrics)
+        if self.args.fast:
+            losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
+            verdict = "fell" if losses[-1] < losses[0] else "DID NOT FALL"
+            print(f"--fast: the training loss {verdict}: {losses[0]:.5g} -> {losses[-1]:.5g}")
+        return metrics
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        saved = (self.folder / "checkpoint.pt").exists()
+        resume = (f"python {self.args.script}.py --resume {shlex.quote(str(self.folder))}"
+                  if saved else "a new run: no epoch was complete")
+        if kind is None:
+            print(self.folder)
+        elif kind is KeyboardInterrupt:
+            print(f"\ninterrupted; go on with: {resume}", file=sys.stderr)
+            raise SystemExit(130)
+        elif kind is FloatingPointError:
+            fail(f"{error} of epoch {self.epoch}: try a smaller --lr. " + (
+                f"The last good checkpoint is in {self.folder}" if saved else resume), status=1)
+        elif issubclass(kind, OSError) or "PytorchStreamWriter" in str(error):
+            fail(f"cannot write to {self.folder} ({error}); go on with: {resume}", status=1)
+
+
+def finite(loss, step):
+    """The loss as a float. Raises FloatingPointError, which names the step, if it is nan or inf."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} at step {step}")
+    return value
+
+
+# --------------------------------------------------------------------------- plotting
+
+
+def show_images(ax, x, columns):
+    """Draw x (N, 1, 28, 28) as a grid, white on black, always on the scale 0 to 1."""
+    ax.imshow(make_grid(x.cpu(), nrow=columns, padding=1, pad_value=0.5)[0].numpy(),
+              cmap="gray", vmin=0, vmax=1)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def plot_curves(folder, name, history, keys, ylabel, title):
+    """One line per key over the epochs of the last fold, from the numbers in log.jsonl."""
+    rows = [r for r in history if r["fold"] == history[-1]["fold"]]
+    fig = Figure(figsize=(6, 4), layout="constrained")
+    ax = fig.subplots()
+    for key in keys:
+        ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], marker=".", label=key)
+    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(folder / f"{name}.png", dpi=120)
+
+
+def plot_scatter(folder, name, points, y, classes, title, labels):
+    """points (N, 2) and y (N,), arrays: coloured by class, labels for the two axes."""
+    fig = Figure(figsize=(7, 5), layout="constrained")
+    ax = fig.subplots()
+    for c, label in enumerate(classes):
+        ax.scatter(*points[y == c].T, s=4, alpha=0.6, color=f"C{c}", label=label)
+    ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
+    fig.legend(loc="outside right center", markerscale=4)
+    fig.savefig(folder / f"{name}.png", dpi=120)

@@ -1,0 +1,64 @@
+"""What all tests share. None needs a network or FashionMNIST: they run on the digits."""
+
+import hashlib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads gain nothing on so little data
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # so that plain `pytest` works too
+
+import common  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own: runs/ and data/ land there."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(status, function, *args): it exits with this status and one line, which is returned."""
+    def check(status, function, *args, **kwargs):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            function(*args, **kwargs)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert exit_info.value.code == status
+        assert len(lines) == 1, lines
+        return lines[0]
+    return check
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    """A small synthetic FashionMNIST in --data-dir fashion; returns the folder of its files."""
+    raw = tmp_path / "fashion" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 1200), ("t10k", 400)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = np.arange(n, dtype=np.uint8) % 10
+        for kind, header, array in (("images-idx3", (2051, n, 28, 28), images),
+                                    ("labels-idx1", (2049, n), labels)):
+            content = np.array(header, ">i4").tobytes() + array.tobytes()
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+            monkeypatch.setitem(common.SHA256, f"{part}-{kind}-ubyte",
+                                hashlib.sha256(content).hexdigest())
+    return raw
+
+
+def readme_commands(script):
+    """The arguments of every `python SCRIPT ...` line in the README and in SCRIPT's docstring."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    lines += (ROOT / script).read_text().split('"""')[1].splitlines()
+    commands = [line.partition(f"python {script}")[2].partition("  ")[0].strip(" `|")
+                for line in lines if line.strip(" `|").startswith(f"python {script}")]
+    return [shlex.split(command) for command in commands]
