@@ -212,7 +212,7 @@ def evaluate(model, x):
 # --------------------------------------------------------------------------- figures
 
 
-def draw_reconstructions(folder, data, rows):
+def draw_reconstructions(folder, name, data, rows):
     """Figures 1 and 2: one test image of each class, and what each model makes of it.
 
     rows: {label: (N, 1, 28, 28), an image for each test image}.
@@ -224,7 +224,7 @@ def draw_reconstructions(folder, data, rows):
         ax.set_ylabel(label)
     ax.set_xticks([15 + 29 * c for c in range(len(first))], data.classes)
     fig.suptitle(f"{data.name}, test images and their reconstructions")
-    fig.savefig(folder / "fig02_reconstructions.png", dpi=120)
+    fig.savefig(folder / f"{name}.png", dpi=120)
 
 
 def draw_latent(folder, z, data, dims, seed, numbers=(4, 5, 6)):
@@ -328,7 +328,7 @@ def main(argv=None):
             test_mse.append(evaluate(model, data.x_test))
         recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
 
-        draw_reconstructions(run.folder, data, {
+        draw_reconstructions(run.folder, "fig02_reconstructions", data, {
             "original": data.x_test, "AE": reconstruct(model, data.x_test), "PCA": recon_pca})
         common.plot_curves(run.folder, "fig03_loss", run.history, ("train_mse", "val_mse"),
                            "MSE per pixel", f"{data.name}: autoencoder, latent {args.latent_dim}")

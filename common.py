@@ -524,6 +524,16 @@ def show_images(ax, x, columns):
     ax.set_yticks([])
 
 
+def draw_images(folder, name, x, columns, title, **axes):
+    """Write folder/name.png: x (N, 1, 28, 28) as a grid; axes: what ax.set() takes."""
+    rows = math.ceil(len(x) / columns)
+    fig = Figure(figsize=(0.8 * columns + 0.4, 0.8 * rows + 0.9), layout="constrained")
+    ax = fig.subplots()
+    show_images(ax, x, columns)
+    ax.set(title=title, **axes)
+    fig.savefig(folder / f"{name}.png", dpi=120)
+
+
 def plot_curves(folder, name, history, keys, ylabel, title):
     """One line per key over the epochs of the last fold, from the numbers in log.jsonl."""
     rows = [r for r in history if r["fold"] == history[-1]["fold"]]

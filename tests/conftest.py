@@ -1,6 +1,7 @@
 """What all tests share. None needs a network or FashionMNIST: they run on the digits."""
 
 import hashlib
+import json
 import os
 import shlex
 import sys
@@ -62,3 +63,14 @@ def readme_commands(script):
     commands = [line.partition(f"python {script}")[2].partition("  ")[0].strip(" `|")
                 for line in lines if line.strip(" `|").startswith(f"python {script}")]
     return [shlex.split(command) for command in commands]
+
+
+def history(folder):
+    """log.jsonl without the times."""
+    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def numbers(metrics):
+    """The metrics without what differs between two equal runs."""
+    return {k: v for k, v in metrics.items() if k not in ("seconds_per_epoch", "command")}

@@ -12,7 +12,7 @@ import ae
 import common
 import pytest
 import torch
-from conftest import ROOT, readme_commands
+from conftest import ROOT, history, numbers, readme_commands
 from sklearn.decomposition import PCA
 
 FAST = ["--fast", "--data", "digits"]
@@ -36,17 +36,6 @@ def no_figures(monkeypatch):
     for name in ("draw_reconstructions", "draw_kernels", "draw_activations"):
         monkeypatch.setattr(ae, name, lambda *args: None)
     monkeypatch.setattr(ae, "draw_latent", lambda *args: {})
-
-
-def history(folder):
-    """log.jsonl without the times."""
-    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-def numbers(metrics):
-    """The metrics without what differs between two equal runs."""
-    return {k: v for k, v in metrics.items() if k not in ("seconds_per_epoch", "command")}
 
 
 # --------------------------------------------------------------------------- model
