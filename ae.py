@@ -32,11 +32,11 @@ import common
 
 RECIPES = {
     "best": {},
-    # the report's best trial; no schedule, left-right flips
+    # the report's best trial; it says nothing of a schedule or of epochs
     "report": {"lr": 0.002, "batch_size": 48, "weight_decay": 5e-5, "schedule": "constant",
                "augment": "flip"},
-    # the report's first training. Only the latent size is known; PyTorch's defaults stand in for
-    # the rest: Adam 0.001, nn.Dropout() with p = 0.5
+    # the report's first training. Only the latent size is known: the dropout is nn.Dropout()'s
+    # default, the rate Adam's; width, batch and epochs are a guess
     "first": {"latent_dim": 100, "hidden": 100, "lr": 0.001, "batch_size": 64, "dropout": 0.5,
               "epochs": 10, "schedule": "constant", "augment": "flip"},
 }
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     number = common.number
     parser = common.Parser(description=__doc__.partition("\n")[0])
     group = parser.add_argument_group("model")
-    group.add_argument("--latent-dim", type=number(int, 1, 784), default=38,
+    group.add_argument("--latent-dim", type=number(int, 2, 784), default=38,
                        help="size D of the code z: more sharpens the images")
     group.add_argument("--hidden", type=number(int, 1, 4096), default=38,
                        help="width before z; below --latent-dim, z has the rank of --hidden")
@@ -59,21 +59,15 @@ def parse_args(argv=None):
     group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0,
                        help="probability to zero a hidden unit in training")
     group = parser.add_argument_group("loss and optimiser")
-    group.add_argument("--recipe", choices=RECIPES, default="best",
-                       help="best: these defaults; report, first: the report's two trainings")
-    group.add_argument("--folds", type=number(int, 1, 20), default=1,
-                       help="1: one 80/20 split; k: k-fold cross validation")
     group.add_argument("--schedule", choices=("onecycle", "constant"), default="onecycle",
-                       help="onecycle: rise for 30 %% of the steps, then fall to zero")
+                       help="onecycle: rise for 30 %% of the steps, then fall to nearly zero")
     group.add_argument("--optimizer", choices=("adam", "sgd"), default="adam",
                        help="sgd is plain: no momentum")
     group.add_argument("--weight-decay", type=number(float, 0, 1), default=0.0,
-                       help="L2: this factor times every weight is added to its gradient")
+                       help="L2: this factor times each parameter is added to its gradient")
     group.add_argument("--l1", type=number(float, 0, 1), default=0.0,
                        help="L1: this factor times the sum of |w| is added to the loss")
-    group.add_argument("--augment", choices=("none", "flip", "rotate"), default="none",
-                       help="random changes to each training image")
-    common.add_flags(parser, epochs=25, batch_size=64, lr=0.01)
+    common.add_flags(parser, RECIPES, epochs=25, batch_size=64, lr=0.01, augment="none")
     return common.parse(parser, "ae", argv, RECIPES, fast={"epochs": 3})
 
 
@@ -142,8 +136,8 @@ def mse(recon_x, x):
 def l1_penalty(model):
     """Sum of |w| over the weights of convolutions and linear layers.
 
-    Biases and BatchNorm are left out: they do not multiply inputs with each other, and shrinking
-    BatchNorm's scale would only be undone by the next layer.
+    Biases and BatchNorm are left out: a bias only shifts a map, and the layer behind makes up for
+    a smaller BatchNorm scale. Neither says how complex the function is.
     """
     layers = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
     return sum(m.weight.abs().sum() for m in model.modules() if isinstance(m, layers))
@@ -153,7 +147,7 @@ def l1_penalty(model):
 
 
 def train_epoch(model, x, optimizer, schedule, args, generator):
-    """One pass over x (N, 1, 28, 28); returns the mean training loss per image."""
+    """One pass over x (N, 1, 28, 28); returns the mean loss, MSE per pixel plus any penalty."""
     model.train()
     total = 0.0
     for step, idx in enumerate(common.batches(len(x), args.batch_size, generator, x.device)):
@@ -180,10 +174,11 @@ def make_optimizer(model, args, n):
     else:
         optimizer = torch.optim.SGD(model.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.schedule == "onecycle":  # a high rate explores, the decay to zero then settles
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, args.lr, epochs=args.epochs, steps_per_epoch=math.ceil(n / args.batch_size))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(  # it also lowers Adam's beta1 meanwhile
+            optimizer, args.lr, epochs=args.epochs, steps_per_epoch=math.ceil(n / args.batch_size),
+            cycle_momentum=args.optimizer == "adam")  # SGD stays plain
     else:
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # no schedule
     return optimizer, schedule
 
 
@@ -233,14 +228,14 @@ def draw_latent(folder, z, data, dims, seed, numbers=(4, 5, 6)):
     Returns {"z", "tsne": accuracy of a 5-nearest-neighbour vote there, 5-fold}: how well the
     classes keep apart. At most 3,000 points: t-SNE takes minutes for 10,000.
     """
-    z, y = z[:3000].double().cpu().numpy(), data.y_test[:3000].cpu().numpy()
-    tsne = TSNE(init="random", random_state=seed).fit_transform(z)
+    z, y = z[:3000].cpu().double().numpy(), data.y_test[:3000].cpu().numpy()
+    tsne = TSNE(random_state=seed).fit_transform(z)
     accuracy = {name: cross_val_score(KNeighborsClassifier(5), points, y, cv=5).mean().item()
                 for name, points in (("z", z), ("tsne", tsne))}
-    pca = PCA(min(2, z.shape[1])).fit_transform(z)
+    pca = PCA(2).fit_transform(z)
     maps = {"latent": (z[:, dims], f"dimensions {dims[0]} and {dims[1]} of z",
                        [f"z[{d}]" for d in dims]),
-            "pca": (pca[:, [0, -1]], f"PCA of all {z.shape[1]} dimensions of z",
+            "pca": (pca, f"PCA of all {z.shape[1]} dimensions of z",
                     ["first component", "second component"]),
             "tsne": (tsne, f"t-SNE of z, 5-NN accuracy {accuracy['tsne']:.2f}", ["", ""])}
     for number, (name, (points, title, labels)) in zip(numbers, maps.items(), strict=True):
@@ -250,15 +245,19 @@ def draw_latent(folder, z, data, dims, seed, numbers=(4, 5, 6)):
 
 
 def draw_maps(folder, name, maps, columns, title, cmap="viridis", symmetric=False):
-    """Small maps (N, H, W), kernels or activations, side by side on one colour scale."""
+    """Small maps (N, H, W), kernels or activations, side by side on one colour scale.
+
+    The scale ends at the 99.5th percentile: a few outliers would leave all the rest dark.
+    """
     grid = make_grid(maps.cpu()[:, None], nrow=columns, padding=1, pad_value=float("nan"))[0]
     height, width = grid.shape
-    top = maps.abs().max().item()
+    top = maps.abs().quantile(0.995).item()
     fig = Figure(figsize=(9, 1.2 + 8 * height / width), layout="constrained")
     ax = fig.subplots()
-    image = ax.imshow(grid.numpy(), cmap=cmap, vmin=-top if symmetric else 0, vmax=top)
+    bottom = -top if symmetric else min(0, maps.min().item())
+    image = ax.imshow(grid.numpy(), cmap=cmap, vmin=bottom, vmax=top)
     ax.set(title=title, xticks=[], yticks=[])
-    fig.colorbar(image, shrink=0.9)
+    fig.colorbar(image, shrink=0.9, extend="both" if symmetric else "max")
     fig.savefig(folder / f"{name}.png", dpi=120)
 
 
@@ -270,11 +269,12 @@ def draw_kernels(folder, model, data_name):
               "decoder_conv3": decoder.out}
     for number, (name, layer) in enumerate(layers.items(), start=7):
         w = layer.weight.detach()
+        sides = ["out", "in"] if isinstance(layer, nn.Conv2d) else ["in", "out"]  # as stored
         if w.shape[0] > w.shape[1]:
-            w = w.transpose(0, 1)  # lying down it fits the page
+            w, sides = w.transpose(0, 1), sides[::-1]  # lying down it fits the page
         draw_maps(folder, f"fig{number:02d}_{name}_kernels", w.flatten(0, 1), w.shape[1],
-                  f"{data_name}, {name}: the 3x3 kernels between {layer.in_channels} and "
-                  f"{layer.out_channels} maps", cmap="RdBu_r", symmetric=True)
+                  f"{data_name}, kernels of {name}: a row for each map {sides[0]}, a column for "
+                  f"each map {sides[1]}", cmap="RdBu_r", symmetric=True)
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def draw_activations(folder, model, data):
     x2 = model.encoder.block2(x1)
     x3 = model.decoder.block1(model.decoder.linear(model.encoder.linear(x2)))
     x4 = model.decoder.block2(x3)
-    names = ("encoder_conv1", "encoder_conv2", "decoder_conv1", "decoder_conv2")
+    names = ("encoder_block1", "encoder_block2", "decoder_block1", "decoder_block2")
     for number, (name, maps) in enumerate(zip(names, (x1, x2, x3, x4), strict=True), start=12):
         draw_maps(folder, f"fig{number}_{name}_activations", maps[0], 8,
                   f"{data.name}, a test {data.classes[2]}: activations after {name}, "
@@ -300,25 +300,21 @@ def main(argv=None):
     """Train, test once, draw; returns the metrics as a dict."""
     args = parse_args(argv)
     data = common.load_data(args)
-    run = common.Run(args, data, select="val_mse")
-    with run:
-        def new_model():
-            return Autoencoder(args.latent_dim, args.hidden, args.filters, args.decoder_filters,
-                               args.dropout, args.batchnorm).to(args.device)
-
+    with common.Run(args, data, select="val_mse") as run:
         for fold, (train, val) in enumerate(common.splits(data.y_train, args.folds, args.seed)):
             x_train, x_val = data.x_train[train], data.x_train[val]
             common.seed_everything(args.seed, fold)
-            model = new_model()
+            model = Autoencoder(args.latent_dim, args.hidden, args.filters, args.decoder_filters,
+                                args.dropout, args.batchnorm).to(args.device)
             optimizer, schedule = make_optimizer(model, args, len(x_train))
-            for _, generator in run.epochs(fold, model=model, optimizer=optimizer,
-                                           schedule=schedule):
-                start = time.perf_counter()
+            for _, generator in run.epochs(fold, (args.seed, fold), model=model,
+                                           optimizer=optimizer, schedule=schedule):
+                clock = time.perf_counter()
                 train_loss = train_epoch(model, x_train, optimizer, schedule, args, generator)
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - clock
                 run.end_epoch(
-                    train_loss=train_loss,  # with dropout, augmentation and penalty, on the way
-                    train_mse=evaluate(model, x_train[:len(x_val)]),  # these two compare
+                    train_loss=train_loss,  # on the way: dropout on, penalty added
+                    train_mse=evaluate(model, x_train[:len(x_val)]),  # to be compared with val_mse
                     val_mse=evaluate(model, x_val), seconds=seconds)
 
         # the one look at the test set, with each fold's weights of its best validation epoch
@@ -326,12 +322,15 @@ def main(argv=None):
         for fold in range(args.folds):
             model.load_state_dict(run.best[fold]["model"])
             test_mse.append(evaluate(model, data.x_test))
+        # from here on, model, x_train and x_val are those of the last fold
         recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
 
-        draw_reconstructions(run.folder, "fig02_reconstructions", data, {
+        figure = "fig01" if args.recipe == "first" else "fig02"
+        draw_reconstructions(run.folder, f"{figure}_reconstructions", data, {
             "original": data.x_test, "AE": reconstruct(model, data.x_test), "PCA": recon_pca})
-        common.plot_curves(run.folder, "fig03_loss", run.history, ("train_mse", "val_mse"),
-                           "MSE per pixel", f"{data.name}: autoencoder, latent {args.latent_dim}")
+        common.plot_curves(run.folder, "fig03_loss", run.history[-args.epochs:],
+                           {"MSE per pixel": ("train_mse", "val_mse")},
+                           f"{data.name}: autoencoder, latent {args.latent_dim}")
         dims = [2, 3] if args.latent_dim > 3 else [0, args.latent_dim - 1]
         knn = draw_latent(run.folder, encode(model, data.x_test), data, dims, args.seed)
         draw_kernels(run.folder, model, data.name)
@@ -349,4 +348,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -8,23 +8,23 @@ import argparse
 import copy
 import gzip
 import hashlib
-import http.client
 import json
 import math
 import os
 import pickle
 import platform
 import shlex
-import socket
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+from urllib.request import urlopen
 
 import matplotlib
 import numpy as np
@@ -71,15 +71,21 @@ def number(kind, low, high):
     return convert
 
 
-def add_flags(parser, epochs, batch_size, lr):
-    """The flags of every script that trains, with its own defaults for the three."""
+def add_flags(parser, recipes, epochs, batch_size, lr, augment):
+    """The flags of every script that trains, with its own recipes and defaults."""
     group = parser.add_argument_group("training")
+    group.add_argument("--recipe", choices=recipes, default="best",
+                       help="best: these defaults; others: the report's settings, see the script")
+    group.add_argument("--folds", type=number(int, 1, 20), default=1,
+                       help="1: one 80/20 split; k: k-fold cross validation")
     group.add_argument("--epochs", type=number(int, 1, 10_000), default=epochs,
                        help="passes over the training images")
     group.add_argument("--batch-size", type=number(int, 1, 60_000), default=batch_size,
                        help="images per step: fewer make more, noisier steps")
     group.add_argument("--lr", type=number(float, 1e-8, 100), default=lr,
                        help="learning rate; where it follows a schedule, its peak")
+    group.add_argument("--augment", choices=("none", "flip", "rotate"), default=augment,
+                       help="random change to each training image in each epoch")
     group = parser.add_argument_group("run")
     group.add_argument("--fast", action="store_true",
                        help="smoke test: the real code, few images and steps, no download")
@@ -90,7 +96,7 @@ def add_flags(parser, epochs, batch_size, lr):
     group.add_argument("--out-dir", metavar="DIR",
                        help="folder for the results, new or empty; else a new one in runs/")
     group.add_argument("--resume", metavar="DIR",
-                       help="go on with the interrupted run in DIR, with its flags")
+                       help="go on with the interrupted run in DIR, or redraw a finished one")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
                        help="same command, same seed, same machine: same numbers")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
@@ -110,7 +116,7 @@ def parse(parser, script, argv, recipes, fast):
         if args.out_dir:
             parser.error("--resume goes on in its own folder: leave --out-dir out")
         state = load_checkpoint(Path(args.resume) / "checkpoint.pt", script)
-        saved = state["flags"]
+        saved = state["config"]["flags"]
         parser.set_defaults(**saved)
     else:
         parser.set_defaults(**recipes[args.recipe])
@@ -118,13 +124,23 @@ def parse(parser, script, argv, recipes, fast):
             parser.set_defaults(**fast)
     args = parser.parse_args(argv)
     for flag, value in saved.items():
-        if flag not in ("data_dir", "device") and getattr(args, flag) != value:
+        free = flag in ("data_dir", "device", "dims", "start_class")  # they train nothing else
+        if not free and getattr(args, flag) != value:
             parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: "
                          "leave it out, or start a new run")
     args.device = pick_device(args.device)
     args.script, args.state = script, state
-    args.command = shlex.join([f"{script}.py", *(sys.argv[1:] if argv is None else argv)])
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(["python", f"{script}.py", *words])
     return args
+
+
+def start(main):
+    """Run a script's main; Ctrl-C before or after the training is one line too."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
 
 
 def pick_device(name):
@@ -212,68 +228,50 @@ def read_fashion(raw, download):
 
     What is missing or damaged is downloaded if download is set. LookupError where it stays so.
     """
-    files = {name: read_verified(raw / name) for name in SHA256}
-    bad = [name for name, content in files.items() if content is None]
-    if bad and download:
-        download_fashion(raw)
-        return read_fashion(raw, download=False)
-    if bad:
-        raise LookupError(f"FashionMNIST in {raw}: missing or damaged: {', '.join(bad)}")
-    return [np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28) / np.float32(255)
-            if "images" in name else np.frombuffer(content, np.uint8, offset=8).astype(np.int64)
-            for name, content in files.items()]  # SHA-256 has checked the headers too
+    arrays = []
+    for name, digest in SHA256.items():
+        content = read_verified(raw / name, digest, download)  # so its header is right too
+        arrays.append(
+            np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28) / np.float32(255)
+            if "images" in name else np.frombuffer(content, np.uint8, offset=8).astype(np.int64))
+    return arrays
 
 
-def read_verified(path):
-    """The content of path, or else of path.gz, if its SHA-256 is right; None otherwise."""
-    for file, opener in ((path, open), (Path(f"{path}.gz"), gzip.open)):
+def read_verified(path, digest, download):
+    """The content of path, of path.gz or of a download, whichever first has this SHA-256."""
+    sources = [path.read_bytes, lambda: gzip.decompress(Path(f"{path}.gz").read_bytes())]
+    if download:
+        sources += [partial(fetch, f"{mirror}{path.name}.gz") for mirror in MIRRORS]
+    for source in sources:
         try:
-            with opener(file, "rb") as f:
-                content = f.read()
-        except (OSError, EOFError, zlib.error):
-            continue
-        if hashlib.sha256(content).hexdigest() == SHA256[path.name]:
-            return content
-    return None
+            content = source()
+            if hashlib.sha256(content).hexdigest() == digest:
+                if isinstance(source, partial):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic(path) as f:  # a damaged file gives way only to a whole one
+                        f.write(content)
+                return content
+            problem = "wrong content"
+        except (OSError, EOFError, zlib.error, HTTPException) as error:
+            problem = error
+    raise LookupError(f"{path} is missing or damaged" + (
+        f" and could not be downloaded ({problem})" if download else ""))
 
 
-def download_fashion(raw):
-    """Download the four files through torchvision; LookupError where no mirror serves them.
-
-    They are moved to raw when complete: an interrupted download leaves nothing half done, and a
-    damaged file gives way only to a good one.
-    """
-    print(f"downloading FashionMNIST (30 MB) to {raw}", flush=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # seconds without an answer; torchvision sets none
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=raw) as folder:
-            for mirror in MIRRORS:  # one by one: torchvision's own loop ends at a time-out
-                source = type("FashionMNIST", (torchvision.datasets.FashionMNIST,),
-                              {"mirrors": [mirror]})
-                try:
-                    source(folder, download=True)
-                except (OSError, RuntimeError, http.client.HTTPException) as error:
-                    problem = error
-                    continue
-                for name in SHA256:
-                    os.replace(Path(folder) / "FashionMNIST" / "raw" / name, raw / name)
-                return
-        problem = " ".join(str(problem).split())
-        raise LookupError(f"FashionMNIST could not be downloaded ({problem})")
-    except OSError as error:
-        raise LookupError(f"FashionMNIST could not be written to {raw} ({error})") from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+def fetch(url):
+    """Download and unpack a .gz file."""
+    print(f"downloading {url}", flush=True)
+    with urlopen(url, timeout=10) as response:  # seconds without an answer
+        return gzip.decompress(response.read())
 
 
 def splits(y, folds, seed):
     """[(training indices, validation indices)]: one stratified 80/20 split, or stratified k-fold.
 
-    y: (N,) class labels. Indices are int64 tensors on y's device, disjoint; over k folds the
+    y: (N,) class labels. Indices are int64 tensors on the CPU, disjoint; over k folds the
     validation parts cover everything once.
     """
+    y = y.cpu().numpy()
     if folds == 1:
         pairs = [train_test_split(np.arange(len(y)), test_size=0.2, stratify=y, random_state=seed)]
     else:
@@ -341,6 +339,9 @@ def save_json(path, value):
         f.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+CHECKPOINT_KEYS = {"config", "fold", "epoch", "history", "best", "parts"}
+
+
 def load_checkpoint(path, script):
     """The state that Run saved; exit 2 where it is missing, damaged, foreign or malicious."""
     if not path.is_file():
@@ -354,37 +355,32 @@ def load_checkpoint(path, script):
         fail(f"{path} holds more than plain tensors and numbers: refused, it could run code")
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
         fail(f"{path} is damaged: start a new run")
-    if not isinstance(state, dict) or state.get("script") != script:
-        made_by = state.get("script") if isinstance(state, dict) else None
-        fail(f"{path} was saved by {f'{made_by}.py' if made_by else 'another program'}, "
-             f"not by {script}.py")
+    if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
+        fail(f"{path} is no checkpoint of these scripts")
+    if state["config"]["script"] != script:
+        fail(f"{path} was saved by {state['config']['script']}.py, not by {script}.py")
     return state
 
 
 def find_run(script, data, latent_dim, path=None, runs="runs"):
-    """The folder of a finished run: path, or the newest in runs that fits; None where none does.
+    """The folder of a finished run: path, or the newest in runs; None where there is none.
 
-    It fits if it is not --fast and has this data ("fashion", "digits") and latent dimension. A
-    path that is not such a run, --fast or not, is exit 2.
+    Only runs of this script, data ("fashion", "digits") and latent dimension count, and --fast
+    ones only as a path. A path that does not fit is exit 2.
     """
-    def fits(folder):
-        try:
-            metrics = json.loads((folder / "metrics.json").read_text())
-            flags = metrics["flags"]
-            return (metrics["script"], flags["data"], flags["latent_dim"]) == (
-                script, data, latent_dim) and (path or not flags["fast"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-    if path:
-        if not fits(Path(path)):
-            fail(f"{path} is not a finished run of {script}.py with --data {data} "
-                 f"--latent-dim {latent_dim}")
-        return Path(path)
-    found = filter(fits, Path(runs).glob("*/"))
-    newest = max(found, key=lambda f: (f / "metrics.json").stat().st_mtime, default=None)
-    if newest:
-        print(f"using {newest}, the newest finished run of {script}.py that fits")
-    return newest
+    found = []
+    for folder in [Path(path)] if path else Path(runs).glob("*/"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # unfinished, or no run at all
+            file = folder / "metrics.json"
+            m = json.loads(file.read_text())
+            fits = (m["script"], m["data"], m["latent_dim"]) == (script, data, latent_dim)
+            if fits and (path or not m["fast"]):
+                found.append((file.stat().st_mtime, folder))
+    if found:
+        print(f"using {max(found)[1]}, a run of {script}.py")
+        return max(found)[1]
+    return path and fail(f"{path} is not a finished run of {script}.py with --data {data} "
+                         f"--latent-dim {latent_dim}")
 
 
 class Run:
@@ -396,23 +392,24 @@ class Run:
     """
 
     def __init__(self, args, data, select):
-        self.args, self.select, state = args, select, args.state
-        self.flags = {k: v for k, v in vars(args).items()
-                      if k not in ("script", "state", "command", "out_dir", "resume")}
-        self.state, self.fold, self.epoch = state, 0, 0
-        self.history = state["history"] if state else []
-        self.best = state["best"] if state else {}
-        self.folder = Path(args.resume) if state else self.new_folder()
+        self.args, self.select, self.state = args, select, args.state
+        self.fold = self.epoch = 0
+        self.history = self.state["history"] if self.state else []
+        self.best = self.state["best"] if self.state else {}
+        self.folder = Path(args.resume) if self.state else self.new_folder()
+        flags = {k: v for k, v in vars(args).items()
+                 if k not in ("script", "state", "command", "out_dir", "resume")}
         gpu = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
         self.config = {
-            "script": args.script, "command": f"python {args.command}", "flags": self.flags,
-            "data": args.data, "seed": args.seed, "device": args.device,
+            "script": args.script, "flags": flags, "data": args.data, "seed": args.seed,
+            "command": self.state["config"]["command"] if self.state else args.command,
+            "device": args.device,
             "machine": f"{platform.system()} {platform.machine()}, "
                        f"{torch.get_num_threads()} CPU threads{gpu}",
             "versions": {"python": platform.python_version(), **{
                 m.__name__: str(m.__version__)
                 for m in (torch, torchvision, np, sklearn, matplotlib)}}}
-        if not state:
+        if not self.state:
             save_json(self.folder / "config.json", self.config)
         print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
               f"{args.device}; writing to {self.folder}", flush=True)
@@ -435,11 +432,12 @@ class Run:
         except OSError as error:
             fail(f"cannot create {out or 'runs'} ({error.strerror}): name another with --out-dir")
 
-    def epochs(self, fold, **parts):
+    def epochs(self, fold, seeds, **parts):
         """Yield (epoch, generator) for each epoch of this fold that is still to be trained.
 
-        parts: model=, optimizer=, schedule=, ..., whatever has a state_dict(). They are restored
-        first where the checkpoint stands in this fold, and saved by end_epoch.
+        seeds: numbers that, with the epoch, decide its draws. parts: model=, optimizer=, ...,
+        whatever has a state_dict(): restored first where the checkpoint stands in this fold, and
+        saved by end_epoch.
         """
         self.fold, self.parts, first = fold, parts, 1
         if self.state and fold < self.state["fold"]:
@@ -454,10 +452,13 @@ class Run:
                      f"was {self.args.script}.py changed since? Start a new run")
         for epoch in range(first, self.args.epochs + 1):
             self.epoch = epoch
-            yield epoch, seed_everything(self.args.seed, fold, epoch)
+            yield epoch, seed_everything(*seeds, epoch)
 
     def end_epoch(self, **row):
         """Log the epoch's numbers, keep the best weights, write the checkpoint."""
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at the end")
         row = {"fold": self.fold, "epoch": self.epoch, **row}
         self.history.append(row)
         if self.fold not in self.best or row[self.select] < self.best[self.fold][self.select]:
@@ -467,8 +468,8 @@ class Run:
         with atomic(self.folder / "log.jsonl") as f:
             f.writelines((json.dumps(r, allow_nan=False) + "\n").encode() for r in self.history)
         with atomic(self.folder / "checkpoint.pt") as f:
-            torch.save({"script": self.args.script, "flags": self.flags, "fold": self.fold,
-                        "epoch": self.epoch, "history": self.history, "best": self.best,
+            torch.save({"config": self.config, "fold": self.fold, "epoch": self.epoch,
+                        "history": self.history, "best": self.best,
                         "parts": {k: p.state_dict() for k, p in self.parts.items()}}, f)
         fold = f"fold {self.fold + 1}  " if getattr(self.args, "folds", 1) > 1 else ""
         print(f"{fold}epoch {self.epoch:3d}/{self.args.epochs}  " + "  ".join(
@@ -480,7 +481,7 @@ class Run:
                    "seconds_per_epoch": median(r["seconds"] for r in self.history),
                    "fast": self.args.fast, **metrics, **self.config}
         save_json(self.folder / "metrics.json", metrics)
-        if self.args.fast:
+        if self.args.fast and self.args.epochs > 1:
             losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
             verdict = "fell" if losses[-1] < losses[0] else "DID NOT FALL"
             print(f"--fast: the training loss {verdict}: {losses[0]:.5g} -> {losses[-1]:.5g}")
@@ -499,8 +500,8 @@ class Run:
             print(f"\ninterrupted; go on with: {resume}", file=sys.stderr)
             raise SystemExit(130)
         elif kind is FloatingPointError:
-            fail(f"{error} of epoch {self.epoch}: try a smaller --lr. " + (
-                f"The last good checkpoint is in {self.folder}" if saved else resume), status=1)
+            fail(f"{error} of epoch {self.epoch}: try a smaller --lr"
+                 f"{f'; the last good checkpoint is in {self.folder}' if saved else ''}", status=1)
         elif issubclass(kind, OSError) or "PytorchStreamWriter" in str(error):
             fail(f"cannot write to {self.folder} ({error}); go on with: {resume}", status=1)
 
@@ -534,26 +535,32 @@ def draw_images(folder, name, x, columns, title, **axes):
     fig.savefig(folder / f"{name}.png", dpi=120)
 
 
-def plot_curves(folder, name, history, keys, ylabel, title):
-    """One line per key over the epochs of the last fold, from the numbers in log.jsonl."""
-    rows = [r for r in history if r["fold"] == history[-1]["fold"]]
-    fig = Figure(figsize=(6, 4), layout="constrained")
-    ax = fig.subplots()
-    for key in keys:
-        ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], marker=".", label=key)
-    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=0.3)
-    ax.legend()
+def plot_curves(folder, name, rows, panels, title):
+    """Curves over the epochs, from rows of log.jsonl. panels: {y label: keys}, a panel each."""
+    fig = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for ax, (ylabel, keys) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(),
+                                  strict=True):
+        for key in keys:
+            ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], marker=".", label=key)
+        ax.set(xlabel="epoch", ylabel=ylabel)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    fig.suptitle(title)
     fig.savefig(folder / f"{name}.png", dpi=120)
 
 
-def plot_scatter(folder, name, points, y, classes, title, labels):
-    """points (N, 2) and y (N,), arrays: coloured by class, labels for the two axes."""
-    fig = Figure(figsize=(7, 5), layout="constrained")
-    ax = fig.subplots()
+def scatter(ax, points, y, classes):
+    """points (N, 2) and y (N,), arrays, coloured by class; a legend belongs beside it."""
     for c, label in enumerate(classes):
         ax.scatter(*points[y == c].T, s=4, alpha=0.6, color=f"C{c}", label=label)
+
+
+def plot_scatter(folder, name, points, y, classes, title, labels):
+    """Write folder/name.png: a scatter, with labels for the two axes."""
+    fig = Figure(figsize=(7, 5), layout="constrained")
+    ax = fig.subplots()
+    scatter(ax, points, y, classes)
     ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
     fig.legend(loc="outside right center", markerscale=4)
     fig.savefig(folder / f"{name}.png", dpi=120)

@@ -6,7 +6,7 @@ Section 2 of the report: a variational autoencoder, its latent space, traversals
     python vae.py --beta 4              four times the pressure on the code
     python vae.py --sweep 0.25 1 4 16   one training per beta: the rate-distortion picture
     python vae.py --latent-dim 2        a latent space that fits on paper
-    python vae.py --recipe report       the report's loss: squared error + beta * KL
+    python vae.py --recipe report       squared error + beta * KL, as we read the report
     python vae.py --fast                smoke test in seconds
 
 RECEIPT
@@ -30,7 +30,7 @@ import common
 RECIPES = {
     "best": {},
     # squared error + beta * KL is a Gaussian likelihood of variance 1/2, up to a constant
-    "report": {"sigma": math.sqrt(0.5), "augment": "flip"},
+    "report": {"sigma": math.sqrt(0.5)},
 }
 
 
@@ -38,31 +38,27 @@ def parse_args(argv=None):
     number = common.number
     parser = common.Parser(description=__doc__.partition("\n")[0])
     group = parser.add_argument_group("model")
-    group.add_argument("--latent-dim", type=number(int, 1, 784), default=18,
+    group.add_argument("--latent-dim", type=number(int, 2, 784), default=18,
                        help="size D of the code z")
+    group.add_argument("--hidden", type=number(int, 0, 4096), default=0,
+                       help="width of a layer before mu and logvar, and of one after z; 0: none")
     group.add_argument("--filters", type=number(int, 1, 512), nargs=2, default=[16, 32],
                        help="maps of the encoder's two convolutions")
-    group.add_argument("--decoder-filters", type=number(int, 1, 512), nargs=2, default=[64, 32],
+    group.add_argument("--decoder-filters", type=number(int, 1, 512), nargs=2, default=[32, 32],
                        help="maps that enter the decoder's two transposed convolutions")
     group = parser.add_argument_group("loss")
-    group.add_argument("--recipe", choices=RECIPES, default="best",
-                       help="best: these defaults; report: the report's loss and flips")
     group.add_argument("--beta", type=number(float, 0, 1e6), default=1.0,
                        help="weight of the KL: more makes z simpler and images blurrier")
     group.add_argument("--sweep", type=number(float, 0, 1e6), nargs="+", metavar="BETA",
                        help="train once with each of these betas and compare")
     group.add_argument("--sigma", type=number(float, 1e-3, 1e3),
                        help="standard deviation of a pixel given z; None: learned")
-    group.add_argument("--augment", choices=("none", "flip", "rotate"), default="none",
-                       help="random changes to each training image")
-    group.add_argument("--folds", type=number(int, 1, 20), default=1,
-                       help="1: one 80/20 split; k: k-fold cross validation")
     group = parser.add_argument_group("figures")
     group.add_argument("--start-class", metavar="NAME",
                        help="class of the test image where traversals start; None: Bag, or digit 8")
     group.add_argument("--dims", type=number(int, 0, 783), nargs=2, metavar="D",
                        help="dimensions to traverse, from 0; None: the two with the largest KL")
-    common.add_flags(parser, epochs=15, batch_size=64, lr=0.003)
+    common.add_flags(parser, RECIPES, epochs=15, batch_size=64, lr=0.004, augment="flip")
     args = common.parse(parser, "vae", argv, RECIPES, fast={"epochs": 3})
     if args.dims and max(args.dims) >= args.latent_dim:
         parser.error(f"--dims {max(args.dims)}: z has dimensions 0 to {args.latent_dim - 1}")
@@ -77,29 +73,34 @@ def parse_args(argv=None):
 class Encoder(nn.Module):
     """x (B, 1, 28, 28) -> mu, logvar (B, D) of q(z|x) = N(mu, diag(exp(logvar)))."""
 
-    def __init__(self, latent_dim, filters):
+    def __init__(self, latent_dim, hidden, filters):
         super().__init__()
         f1, f2 = filters
         self.block1 = nn.Sequential(nn.Conv2d(1, f1, 3), nn.ReLU(), nn.BatchNorm2d(f1),
                                     nn.MaxPool2d(2))
         self.block2 = nn.Sequential(nn.Conv2d(f1, f2, 3), nn.ReLU(), nn.BatchNorm2d(f2),
                                     nn.MaxPool2d(2))
-        self.mu = nn.Linear(f2 * 5 * 5, latent_dim)
-        self.logvar = nn.Linear(f2 * 5 * 5, latent_dim)
+        width = hidden or f2 * 5 * 5
+        self.linear = nn.Sequential(nn.Linear(f2 * 5 * 5, hidden), nn.ReLU()) if hidden else (
+            nn.Identity())
+        self.mu = nn.Linear(width, latent_dim)
+        self.logvar = nn.Linear(width, latent_dim)
 
     def forward(self, x):               # (B, 1, 28, 28)
         x = self.block1(x)              # (B, f1, 13, 13)
-        x = self.block2(x).flatten(1)   # (B, f2 * 25)
+        x = self.block2(x).flatten(1)   # (B, f2 * 25): 5x5 pixels in each map
+        x = self.linear(x)              # (B, hidden)
         return self.mu(x), self.logvar(x)
 
 
 class Decoder(nn.Module):
     """z (B, D) -> recon_x (B, 1, 28, 28) in (0, 1), the mean of p(x|z)."""
 
-    def __init__(self, latent_dim, decoder_filters):
+    def __init__(self, latent_dim, hidden, decoder_filters):
         super().__init__()
         f1, f2 = decoder_filters
-        self.linear = nn.Sequential(nn.Linear(latent_dim, f1 * 7 * 7), nn.ReLU(),
+        first = [nn.Linear(latent_dim, hidden), nn.ReLU()] if hidden else []
+        self.linear = nn.Sequential(*first, nn.Linear(hidden or latent_dim, f1 * 7 * 7), nn.ReLU(),
                                     nn.Unflatten(1, (f1, 7, 7)))
         # kernel 4 with stride 2: each pixel gets equally many contributions, no checkerboard
         self.block = nn.Sequential(nn.ConvTranspose2d(f1, f2, 4, stride=2, padding=1), nn.ReLU())
@@ -118,10 +119,11 @@ class VAE(nn.Module):
     pixels: sigma-VAE, arXiv 2006.13202).
     """
 
-    def __init__(self, latent_dim=18, filters=(16, 32), decoder_filters=(64, 32), sigma=None):
+    def __init__(self, latent_dim=18, hidden=0, filters=(16, 32), decoder_filters=(32, 32),
+                 sigma=None):
         super().__init__()
-        self.encoder = Encoder(latent_dim, filters)
-        self.decoder = Decoder(latent_dim, decoder_filters)
+        self.encoder = Encoder(latent_dim, hidden, filters)
+        self.decoder = Decoder(latent_dim, hidden, decoder_filters)
         # learned from 0.37 on, about the spread of the pixels themselves
         self.log_sigma = nn.Parameter(torch.tensor(-1.0 if sigma is None else math.log(sigma)),
                                       requires_grad=sigma is None)
@@ -136,10 +138,10 @@ def reparameterize(mu, logvar, generator):
     """z (B, D) ~ N(mu, exp(logvar)), written so that gradients reach mu and logvar.
 
     The randomness is in eps, which depends on nothing (Kingma and Welling, arXiv 1312.6114, 2.4).
+    It is drawn on the CPU: the same on every device.
     """
-    std = (0.5 * logvar.clamp(max=20)).exp()  # exp(200) would be inf, and inf - inf nan
     eps = torch.randn(mu.shape, generator=generator).to(mu.device)
-    return mu + std * eps
+    return mu + torch.exp(0.5 * logvar.clamp(max=20)) * eps  # exp(200) would be inf
 
 
 # --------------------------------------------------------------------------- loss
@@ -148,7 +150,7 @@ def reparameterize(mu, logvar, generator):
 def gaussian_nll(recon_x, x, log_sigma):
     """-log p(x|z) in nats per image, (B,): a Gaussian around recon_x, summed over the pixels.
 
-    A density may exceed 1: with a small sigma the log likelihood is positive, and so is the ELBO.
+    A density may exceed 1: with a small sigma the log likelihood can be positive, and the ELBO too.
     """
     squared_error = (recon_x - x).square().flatten(1).sum(1)  # (B,)
     pixels = x[0].numel()
@@ -158,15 +160,17 @@ def gaussian_nll(recon_x, x, log_sigma):
 
 def kl_divergence(mu, logvar):
     """KL(q(z|x) || N(0, I)) in nats, (B, D): sum over D for an image (arXiv 1312.6114, app. B)."""
-    return 0.5 * (mu.square() + logvar.clamp(max=20).exp() - 1 - logvar)
+    logvar = logvar.clamp(max=20)  # as in reparameterize
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
 
 def loss_function(recon_x, x, mu, logvar, log_sigma, beta):
     """-log p(x|z) + beta * KL in nats, the mean over the batch (beta-VAE, Higgins et al. 2017).
 
     With beta 1 it is minus the ELBO, a bound on log p(x). Both terms are sums, over pixels and
-    over latents. The popular shortcut, F.mse_loss(recon_x, x) + KL, divides only the first by 784
-    and so is this loss with sigma 1 and beta 392: try --sigma 1 --beta 392.
+    over latents. The popular shortcut, F.mse_loss(recon_x, x) + KL, divides only the first by 784:
+    up to a factor and a constant it is this loss with sigma 1 and beta 392. Only beta * sigma^2
+    matters for a fixed sigma; a learned one settles at the root of the MSE, here about 0.1.
     """
     return (gaussian_nll(recon_x, x, log_sigma) + beta * kl_divergence(mu, logvar).sum(1)).mean()
 
@@ -229,11 +233,12 @@ def evaluate(model, x, beta):
     nll = torch.cat([gaussian_nll(decode(model, z_part), x_part, model.log_sigma)
                      for z_part, x_part in zip(z.split(1000), x.split(1000), strict=True)]).mean()
     kl = kl_divergence(mu, logvar).mean(0)  # (D,)
-    cov = torch.cov(mu.T).view(len(kl), -1) + logvar.exp().mean(0).diag()  # of z over all images
+    cov = torch.cov(mu.T) + logvar.clamp(max=20).exp().mean(0).diag()  # of z over all images
+    cov = cov.cpu().double()  # a determinant of up to 784 small numbers
     return {"loss": (nll + beta * kl.sum()).item(), "mse": ae.mse(decode(model, mu), x).item(),
             "kl": kl.sum().item(), "elbo": -(nll + kl.sum()).item(), "kl_per_dim": kl.tolist(),
             "active_units": (mu.var(0) > 0.01).sum().item(),
-            "total_correlation": 0.5 * (cov.diag().log().sum() - torch.logdet(cov)).item()}
+            "total_correlation": 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()}
 
 
 # --------------------------------------------------------------------------- figures
@@ -261,9 +266,14 @@ def draw_traversals(folder, model, z, dims, title):
                        xlabel=f"z[{second}]", ylabel=f"z[{first}]", **ticks)
 
 
-def draw_kl(folder, kl_per_dim, beta, data_name):
+def by_kl(test):
+    """The dimensions of z, those that carry most first; test: what evaluate returns."""
+    return sorted(range(len(test["kl_per_dim"])), key=lambda d: -test["kl_per_dim"][d])
+
+
+def draw_kl(folder, test, beta, data_name):
     """KL per dimension, sorted: dimensions near zero carry nothing."""
-    order = sorted(range(len(kl_per_dim)), key=lambda d: -kl_per_dim[d])
+    order, kl_per_dim = by_kl(test), test["kl_per_dim"]
     fig = Figure(figsize=(8, 3.2), layout="constrained")
     ax = fig.subplots()
     ax.bar([str(d) for d in order], [kl_per_dim[d] for d in order])
@@ -278,9 +288,7 @@ def draw_plane(folder, model, mu, data):
     z = torch.stack([q.repeat(20), q.flip(0).repeat_interleave(20)], dim=1)  # top row: largest z[1]
     fig = Figure(figsize=(13, 6.3), layout="constrained")
     left, right = fig.subplots(1, 2)
-    y = data.y_test.cpu().numpy()
-    for c, label in enumerate(data.classes):
-        left.scatter(*mu.cpu().numpy()[y == c].T, s=3, alpha=0.5, color=f"C{c}", label=label)
+    common.scatter(left, mu.cpu().numpy(), data.y_test.cpu().numpy(), data.classes)
     left.set(xlabel="z[0]", ylabel="z[1]", title=f"{data.name} test images at mu")
     left.legend(markerscale=4, fontsize=8)
     common.show_images(right, decode(model, z), columns=20)
@@ -299,7 +307,7 @@ def draw_sweep(folder, betas, models, tests, data, start, pca_mse):
     for beta, t in zip(betas, tests, strict=True):
         ax.annotate(f" beta {beta:g}: {t['active_units']} active", (t["kl"], t["mse"]), va="bottom")
     ax.axhline(pca_mse, color="gray", ls="--", label="PCA of the same size")
-    ax.set(xlabel="rate: KL, nats per image", ylabel="distortion: MSE per pixel",
+    ax.set(xlabel="rate: KL, nats per image", ylabel="distortion: MSE per pixel at z = mu",
            title=f"{data.name} test images: what a nat of code buys", xmargin=0.15)
     ax.legend()
     noise = torch.randn(40, len(tests[0]["kl_per_dim"]), generator=common.seed_everything(0))
@@ -307,9 +315,8 @@ def draw_sweep(folder, betas, models, tests, data, start, pca_mse):
     for row, beta, model, t in zip(axes, betas, models, tests, strict=True):
         noise = noise.to(model.log_sigma.device)
         z = encode(model, data.x_test[data.y_test == start][:1])[0]
-        by_kl = sorted(range(z.shape[1]), key=lambda d: -t["kl_per_dim"][d])[:4]
         values = torch.linspace(-3, 3, 10, device=z.device)
-        moved = torch.cat([traverse(z, d, values) for d in by_kl])
+        moved = torch.cat([traverse(z, d, values) for d in by_kl(t)[:4]])
         for ax, codes, what in zip(row, (noise, moved), (
                 "samples from the prior", "its strongest dimensions, -3 to 3"), strict=True):
             common.show_images(ax, decode(model, codes), columns=10)
@@ -324,77 +331,88 @@ def main(argv=None):
     """Train, test once, draw; returns the metrics as a dict."""
     args = parse_args(argv)
     data = common.load_data(args)
-    start = 8  # Bag, or the digit 8
+    start_class = 8  # Bag, or the digit 8
     if args.start_class:
-        names = [c.lower() for c in data.classes]
+        names = [name.lower() for name in data.classes]
         if args.start_class.lower() not in names:
             common.fail(f"--start-class {args.start_class}: the classes are {', '.join(names)}")
-        start = names.index(args.start_class.lower())
-    betas = args.sweep or [args.beta] * args.folds
-    parts = common.splits(data.y_train, args.folds, args.seed) * len(args.sweep or [0])
+        start_class = names.index(args.start_class.lower())
+    splits = common.splits(data.y_train, args.folds, args.seed)
+    # what is trained: a model per fold, or in a sweep one per beta, from the same draws
+    trainings = ([(beta, 0, splits[0]) for beta in args.sweep] if args.sweep else
+                 [(args.beta, fold, split) for fold, split in enumerate(splits)])
 
     with common.Run(args, data, select="val_loss") as run:
-        for fold, (beta, (train, val)) in enumerate(zip(betas, parts, strict=True)):
+        for part, (beta, fold, (train, val)) in enumerate(trainings):
             x_train, x_val = data.x_train[train], data.x_train[val]
-            common.seed_everything(args.seed, 0 if args.sweep else fold)
-            model = VAE(args.latent_dim, args.filters, args.decoder_filters, args.sigma)
-            model = model.to(args.device)
+            common.seed_everything(args.seed, fold)
+            model = VAE(args.latent_dim, args.hidden, args.filters, args.decoder_filters,
+                        args.sigma).to(args.device)
             optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
             schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, args.lr, epochs=args.epochs, cycle_momentum=False,
+                optimizer, args.lr, epochs=args.epochs,
                 steps_per_epoch=math.ceil(len(x_train) / args.batch_size))
-            for _, generator in run.epochs(fold, model=model, optimizer=optimizer,
-                                           schedule=schedule):
+            for _, generator in run.epochs(part, (args.seed, fold), model=model,
+                                           optimizer=optimizer, schedule=schedule):
                 clock = time.perf_counter()
                 train_loss = train_epoch(model, x_train, optimizer, schedule, beta, args, generator)
                 seconds = time.perf_counter() - clock
-                seen = evaluate(model, x_train[:len(x_val)], beta)
+                seen = evaluate(model, x_train[:len(x_val)], beta)  # to be compared with unseen
                 unseen = evaluate(model, x_val, beta)
-                run.end_epoch(beta=beta, train_loss=train_loss, train_mse=seen["mse"],
-                              **{f"val_{k}": unseen[k] for k in ("loss", "mse", "kl", "elbo")},
-                              active_units=unseen["active_units"], seconds=seconds)
-                if unseen["active_units"] == 0:
-                    print("warning: posterior collapse: no latent unit is active, the decoder "
-                          "ignores z; a smaller --beta helps", file=sys.stderr)
+                run.end_epoch(
+                    beta=beta, train_loss=train_loss, seen_loss=seen["loss"],
+                    val_loss=unseen["loss"], train_mse=seen["mse"], val_mse=unseen["mse"],
+                    val_kl=unseen["kl"], val_elbo=unseen["elbo"],
+                    active_units=unseen["active_units"], seconds=seconds)
+            if run.history[-1]["active_units"] == 0:
+                print(f"warning: posterior collapse at beta {beta:g}: no latent unit is active, "
+                      "the decoder ignores z. Try a smaller --beta", file=sys.stderr)
 
         # the one look at the test set, with each training's weights of its best validation epoch
-        models = []
-        for fold in range(len(betas)):
+        models, tests = [], []
+        for part, (beta, *_) in enumerate(trainings):
             models.append(copy.deepcopy(model))
-            models[-1].load_state_dict(run.best[fold]["model"])
-        tests = [evaluate(m, data.x_test, beta) for m, beta in zip(models, betas, strict=True)]
-        # the figures show one training: the last fold, or in a sweep the one with --beta
-        shown = betas.index(args.beta) if args.beta in betas[:-1] and args.sweep else -1
-        model, test, beta = models[shown], tests[shown], betas[shown]
+            models[-1].load_state_dict(run.best[part]["model"])
+            tests.append(evaluate(models[-1], data.x_test, beta))
+
+        def summary(part):
+            return {"beta": trainings[part][0], "sigma": models[part].log_sigma.exp().item(),
+                    **{f"test_{k}": tests[part][k] for k in ("mse", "kl", "elbo")},
+                    **{k: tests[part][k] for k in (
+                        "active_units", "kl_per_dim", "total_correlation")}}
+
+        # the figures and the main numbers are those of the last fold, or of --beta in a sweep
+        shown = len(models) - 1
+        if args.beta in (args.sweep or []):
+            shown = args.sweep.index(args.beta)
+        model, test, (beta, _, _) = models[shown], tests[shown], trainings[shown]
         mu, _ = encode(model, data.x_test)
         recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
         pca_mse = ae.mse(recon_pca, data.x_test).item()
+        dims = args.dims or by_kl(test)[:2]
 
         ae.draw_reconstructions(run.folder, "fig16_reconstructions", data, {
             "original": data.x_test, "VAE": decode(model, mu), "PCA": recon_pca})
-        common.plot_curves(run.folder, "fig17_loss", run.history, ("train_mse", "val_mse"),
-                           "MSE per pixel at z = mu",
-                           f"{data.name}: VAE, latent {args.latent_dim}, beta {betas[-1]:g}")
-        by_kl = sorted(range(args.latent_dim), key=lambda d: -test["kl_per_dim"][d])
-        dims = args.dims or [by_kl[0], by_kl[-1 if args.latent_dim < 3 else 1]]
+        common.plot_curves(
+            run.folder, "fig17_loss", [r for r in run.history if r["fold"] == shown],
+            {"loss, nats per image": ("seen_loss", "val_loss"),
+             "MSE per pixel at z = mu": ("train_mse", "val_mse")},
+            f"{data.name}: VAE, latent {args.latent_dim}, beta {beta:g}")
         knn = ae.draw_latent(run.folder, mu, data, dims, args.seed, numbers=(18, 19, 20))
-        draw_traversals(run.folder, model, mu[data.y_test == start][:1], dims,
-                        f"{data.name}, from the code of a test {data.classes[start]}")
-        draw_kl(run.folder, test["kl_per_dim"], beta, data.name)
+        draw_traversals(run.folder, model, mu[data.y_test == start_class][:1], dims,
+                        f"{data.name}, from the code of a test {data.classes[start_class]}")
+        draw_kl(run.folder, test, beta, data.name)
         noise = torch.randn(100, args.latent_dim, generator=common.seed_everything(args.seed))
         common.draw_images(run.folder, "samples", decode(model, noise.to(args.device)), columns=10,
                            title=f"{data.name}: decoded from the prior, beta {beta:g}")
         if args.latent_dim == 2:
             draw_plane(run.folder, model, mu, data)
         if args.sweep:
-            draw_sweep(run.folder, betas, models, tests, data, start, pca_mse)
+            draw_sweep(run.folder, args.sweep, models, tests, data, start_class, pca_mse)
 
-        train_mse, val_mse = (ae.mse(reconstruct(model, x), x).item() for x in (x_train, x_val))
-        metrics = {"test_mse": test["mse"], "test_kl": test["kl"], "test_elbo": test["elbo"],
-                   "active_units": test["active_units"], "kl_per_dim": test["kl_per_dim"],
-                   "total_correlation": test["total_correlation"], "pca_mse": pca_mse,
-                   "train_mse": train_mse, "val_mse": val_mse, "knn_accuracy": knn,
-                   "sigma": model.log_sigma.exp().item(), "beta": beta,
+        metrics = {**summary(shown), "pca_mse": pca_mse, "knn_accuracy": knn,
+                   "train_mse": ae.mse(reconstruct(model, x_train), x_train).item(),
+                   "val_mse": ae.mse(reconstruct(model, x_val), x_val).item(),
                    "latent_dim": args.latent_dim,
                    "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         if args.folds > 1:
@@ -402,13 +420,9 @@ def main(argv=None):
             metrics |= {"folds": args.folds, "test_mse": statistics.mean(each),
                         "test_mse_std": statistics.stdev(each), "fold_test_mse": each}
         if args.sweep:
-            metrics["sweep"] = [
-                {"beta": beta, "test_mse": t["mse"], "test_kl": t["kl"], "test_elbo": t["elbo"],
-                 "active_units": t["active_units"], "total_correlation": t["total_correlation"],
-                 "sigma": m.log_sigma.exp().item()}
-                for beta, m, t in zip(betas, models, tests, strict=True)]
+            metrics["sweep"] = [summary(part) for part in range(len(models))]
         return run.finish(metrics)
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

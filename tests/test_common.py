@@ -283,7 +283,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "bit flip", "text", "poisoned",
-                                    "pickle", "foreign", "list"])
+                                    "pickle", "foreign", "list", "incomplete"])
 def test_bad_checkpoints_are_refused(digits, fails, damage):
     """A damaged checkpoint loads silently; an untrusted one runs code; a wrong path starts anew."""
     path = train(run_args(), digits, [0.3, 0.1]).folder / "checkpoint.pt"
@@ -302,13 +302,13 @@ def test_bad_checkpoints_are_refused(digits, fails, damage):
     elif damage == "text":
         path.write_text("hello")
     elif damage == "poisoned":
-        torch.save({"script": "ae", "flags": Evil()}, path)
+        torch.save({"config": Evil()}, path)
     elif damage == "pickle":
         path.write_bytes(pickle.dumps(Evil()))
     elif damage == "foreign":
         script = "vae"
     else:
-        torch.save([1, 2], path)
+        torch.save([1, 2] if damage == "list" else {"config": {"script": "ae"}}, path)
     message = fails(2, common.load_checkpoint, path, script)
     assert str(path) in message and not os.path.exists("executed")
 

@@ -101,7 +101,8 @@ def test_extreme_logvar_stays_finite(batch, value):
 def test_the_shortcut_is_beta_392(batch):
     """The docstring's claim: F.mse_loss + KL pulls like sigma 1 with beta 392."""
     recon_x, x, mu, logvar, _ = batch
-    shortcut = torch.nn.functional.mse_loss(recon_x, x) + vae.kl_divergence(mu, logvar).sum(1).mean()
+    kl = vae.kl_divergence(mu, logvar).sum(1).mean()
+    shortcut = torch.nn.functional.mse_loss(recon_x, x) + kl
     ours = vae.loss_function(recon_x, x, mu, logvar, torch.tensor(0.0), 392)
     for a, b in zip(torch.autograd.grad(shortcut, [recon_x, mu]),
                     torch.autograd.grad(ours, [recon_x, mu]), strict=True):
@@ -131,7 +132,7 @@ def test_encode_returns_mu_and_repeats(digits):
 
 
 def test_sigma(digits):
-    """A likelihood whose variance is fitted on the evaluated data, or fixed where it should learn."""
+    """A variance that is fitted on the evaluated data, or fixed where it should be learned."""
     args = vae.parse_args(["--epochs", "1", "--batch-size", "32"])
     for sigma, moves in ((None, True), (0.5, False)):
         model = vae.VAE(latent_dim=3, sigma=sigma)
