@@ -58,7 +58,7 @@ def parse_args(argv=None):
                        help="class of the test image where traversals start; None: Bag, or digit 8")
     group.add_argument("--dims", type=number(int, 0, 783), nargs=2, metavar="D",
                        help="dimensions to traverse, from 0; None: the two with the largest KL")
-    common.add_flags(parser, RECIPES, epochs=15, batch_size=64, lr=0.004, augment="flip")
+    common.add_flags(parser, RECIPES, epochs=12, batch_size=64, lr=0.004, augment="flip")
     args = common.parse(parser, "vae", argv, RECIPES, fast={"epochs": 3})
     if args.dims and max(args.dims) >= args.latent_dim:
         parser.error(f"--dims {max(args.dims)}: z has dimensions 0 to {args.latent_dim - 1}")
@@ -203,7 +203,7 @@ def train_epoch(model, x, optimizer, schedule, beta, args, generator):
 def encode(model, x):
     """mu, logvar (N, D) in evaluation mode, order kept. As a code, take mu: it has no noise."""
     model.eval()
-    mu, logvar = zip(*(model.encoder(batch) for batch in x.split(1000)), strict=True)
+    mu, logvar = zip(*(model.encoder(batch) for batch in x.split(100)), strict=True)
     return torch.cat(mu), torch.cat(logvar)
 
 
@@ -211,7 +211,7 @@ def encode(model, x):
 def decode(model, z):
     """recon_x (N, 1, 28, 28) in evaluation mode, order kept."""
     model.eval()
-    return torch.cat([model.decoder(batch) for batch in z.split(1000)])
+    return torch.cat([model.decoder(batch) for batch in z.split(100)])
 
 
 def reconstruct(model, x):
@@ -231,7 +231,7 @@ def evaluate(model, x, beta):
     mu, logvar = encode(model, x)
     z = reparameterize(mu, logvar, torch.Generator().manual_seed(0))
     nll = torch.cat([gaussian_nll(decode(model, z_part), x_part, model.log_sigma)
-                     for z_part, x_part in zip(z.split(1000), x.split(1000), strict=True)]).mean()
+                     for z_part, x_part in zip(z.split(100), x.split(100), strict=True)]).mean()
     kl = kl_divergence(mu, logvar).mean(0)  # (D,)
     cov = torch.cov(mu.T) + logvar.clamp(max=20).exp().mean(0).diag()  # of z over all images
     cov = cov.cpu().double()  # a determinant of up to 784 small numbers
@@ -255,7 +255,7 @@ def draw_traversals(folder, model, z, dims, title):
     """Figures 21 to 23: what two dimensions of z (1, D) do to the image, alone and together."""
     values = torch.linspace(-3, 3, 11, device=z.device)
     ticks = {"xticks": [15 + 29 * i for i in range(11)],
-             "xticklabels": [f"{v:.1f}" for v in values.tolist()]}
+             "xticklabels": [f"{round(v, 1) + 0:.1f}" for v in values.tolist()]}
     for number, d in zip((21, 22), dims, strict=True):
         common.draw_images(folder, f"fig{number}_traversal", decode(model, traverse(z, d, values)),
                            columns=11, title=title, xlabel=f"z[{d}]", **ticks)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -58,11 +59,9 @@ def fashion(tmp_path, monkeypatch):
 
 def readme_commands(script):
     """The arguments of every `python SCRIPT ...` line in the README and in SCRIPT's docstring."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    lines += (ROOT / script).read_text().split('"""')[1].splitlines()
-    commands = [line.partition(f"python {script}")[2].partition("  ")[0].strip(" `|")
-                for line in lines if line.strip(" `|").startswith(f"python {script}")]
-    return [shlex.split(command) for command in commands]
+    text = (ROOT / "README.md").read_text() + (ROOT / script).read_text().split('"""')[1]
+    commands = re.findall(rf"python {script}([^`|\n]*?)(?:  |[`|\n])", text)
+    return [shlex.split(command) for command in commands if "--help" not in command]
 
 
 def history(folder):

@@ -69,6 +69,9 @@ def test_flags_reach_the_model():
     group = optimizer.param_groups[0]
     assert type(optimizer) is torch.optim.SGD and group["momentum"] == 0
     assert (group["weight_decay"], schedule.get_last_lr()) == (0.1, [0.5])
+    args = ae.parse_args(["--optimizer", "sgd"])  # OneCycleLR brings a momentum unless told not to
+    optimizer, schedule = ae.make_optimizer(ae.Autoencoder(), args, 1000)
+    assert optimizer.param_groups[0]["momentum"] == 0
 
 
 def test_dropout_only_in_training():

@@ -248,12 +248,14 @@ def test_same_seed_same_numbers_and_resume(fast_run, no_figures, monkeypatch, fa
 
 
 def test_sweep():
-    """More beta, less KL after the same steps."""
+    """More beta, less KL after the same steps; trainings that differ in more than beta."""
     metrics = vae.main([*FAST, "--sweep", "4", "0.25", "--beta", "4", "--out-dir", "sweep"])
     high, low = metrics["sweep"]
     assert low["test_kl"] > 1.5 * high["test_kl"] and low["test_mse"] < high["test_mse"]
     assert metrics["beta"] == 4 and metrics["test_kl"] == high["test_kl"]
     assert os.path.exists("sweep/sweep.png")
+    alone = vae.main([*FAST, "--beta", "0.25", "--out-dir", "alone"])
+    assert alone["test_mse"] == low["test_mse"]
 
 
 def test_collapse_is_said(no_figures, capsys):
