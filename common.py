@@ -8,6 +8,7 @@ import argparse
 import copy
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -42,7 +43,7 @@ from tqdm import tqdm
 
 def fail(message, status=2):
     """Print one line on stderr and leave with this exit status."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -71,6 +72,13 @@ def number(kind, low, high):
     return convert
 
 
+def folder(text):
+    """An argparse type: a path; an empty one (an unset variable in a shell) is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return text
+
+
 def add_flags(parser, recipes, epochs, batch_size, lr, augment):
     """The flags of every script that trains, with its own recipes and defaults."""
     group = parser.add_argument_group("training")
@@ -91,11 +99,11 @@ def add_flags(parser, recipes, epochs, batch_size, lr, augment):
                        help="smoke test: the real code, few images and steps, no download")
     group.add_argument("--data", choices=("auto", "fashion", "digits"), default="auto",
                        help="auto: FashionMNIST if it can be had, else scikit-learn's digits")
-    group.add_argument("--data-dir", default="data", metavar="DIR",
+    group.add_argument("--data-dir", type=folder, default="data", metavar="DIR",
                        help="where FashionMNIST lies or is downloaded to")
-    group.add_argument("--out-dir", metavar="DIR",
+    group.add_argument("--out-dir", type=folder, metavar="DIR",
                        help="folder for the results, new or empty; else a new one in runs/")
-    group.add_argument("--resume", metavar="DIR",
+    group.add_argument("--resume", type=folder, metavar="DIR",
                        help="go on with the interrupted run in DIR, or redraw a finished one")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
                        help="same command, same seed, same machine: same numbers")
@@ -117,6 +125,8 @@ def parse(parser, script, argv, recipes, fast):
             parser.error("--resume goes on in its own folder: leave --out-dir out")
         state = load_checkpoint(Path(args.resume) / "checkpoint.pt", script)
         saved = state["config"]["flags"]
+        if saved.keys() != vars(args).keys() - {"out_dir", "resume"}:
+            fail(f"{args.resume} is of another version of {script}.py: start a new run")
         parser.set_defaults(**saved)
     else:
         parser.set_defaults(**recipes[args.recipe])
@@ -130,13 +140,15 @@ def parse(parser, script, argv, recipes, fast):
                          "leave it out, or start a new run")
     args.device = pick_device(args.device)
     args.script, args.state = script, state
+    args.program = sys.argv[0] if sys.argv[0].endswith(f"{script}.py") else f"{script}.py"
     words = sys.argv[1:] if argv is None else argv
-    args.command = shlex.join(["python", f"{script}.py", *words])
+    args.command = shlex.join(["python", args.program, *words])
     return args
 
 
 def start(main):
     """Run a script's main; Ctrl-C before or after the training is one line too."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
     try:
         main()
     except KeyboardInterrupt:
@@ -339,26 +351,29 @@ def save_json(path, value):
         f.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-CHECKPOINT_KEYS = {"config", "fold", "epoch", "history", "best", "parts"}
-
-
 def load_checkpoint(path, script):
     """The state that Run saved; exit 2 where it is missing, damaged, foreign or malicious."""
-    if not path.is_file():
-        fail(f"{path} does not exist: nothing to resume (a run saves after each epoch)")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not compare the CRC sums
                 raise zipfile.BadZipFile("CRC mismatch")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    except FileNotFoundError:
+        fail(f"{path} does not exist: nothing to resume (a run saves after each epoch)")
+    except OSError as error:
+        fail(f"cannot read {path} ({error.strerror}): --resume takes the folder of a run")
     except pickle.UnpicklingError:
         fail(f"{path} holds more than plain tensors and numbers: refused, it could run code")
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # whatever else garbage makes the zip file and pickle readers raise
         fail(f"{path} is damaged: start a new run")
-    if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
+    types = {"config": dict, "fold": int, "epoch": int, "history": list, "best": dict,
+             "parts": dict}
+    if not isinstance(state, dict) or any(
+            not isinstance(state.get(key), kind) for key, kind in types.items()):
         fail(f"{path} is no checkpoint of these scripts")
-    if state["config"]["script"] != script:
-        fail(f"{path} was saved by {state['config']['script']}.py, not by {script}.py")
+    made_by, flags = state["config"].get("script"), state["config"].get("flags")
+    if made_by != script or not isinstance(flags, dict):
+        fail(f"{path} was saved by {made_by}.py, not by {script}.py")
     return state
 
 
@@ -398,7 +413,7 @@ class Run:
         self.best = self.state["best"] if self.state else {}
         self.folder = Path(args.resume) if self.state else self.new_folder()
         flags = {k: v for k, v in vars(args).items()
-                 if k not in ("script", "state", "command", "out_dir", "resume")}
+                 if k not in ("script", "state", "program", "command", "out_dir", "resume")}
         gpu = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
         self.config = {
             "script": args.script, "flags": flags, "data": args.data, "seed": args.seed,
@@ -409,8 +424,11 @@ class Run:
             "versions": {"python": platform.python_version(), **{
                 m.__name__: str(m.__version__)
                 for m in (torch, torchvision, np, sklearn, matplotlib)}}}
-        if not self.state:
-            save_json(self.folder / "config.json", self.config)
+        try:
+            if not self.state:
+                save_json(self.folder / "config.json", self.config)
+        except OSError as error:
+            fail(f"cannot write to {self.folder} ({error.strerror}): name another with --out-dir")
         print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
               f"{args.device}; writing to {self.folder}", flush=True)
 
@@ -421,7 +439,8 @@ class Run:
             if out:
                 Path(out).mkdir(parents=True, exist_ok=True)
                 if any(Path(out).iterdir()):
-                    fail(f"--out-dir {out} is not empty: name a new folder, or --resume {out}")
+                    fail(f"--out-dir {out} is not empty: name a new folder, or go on with what "
+                         f"is there by --resume {out}")
                 return Path(out)
             name = time.strftime(f"runs/{self.args.script}-%Y%m%d-%H%M%S")
             for suffix in ("", *(f"-{n}" for n in range(2, 100))):
@@ -447,7 +466,7 @@ class Run:
             try:
                 for name, part in parts.items():
                     part.load_state_dict(self.state["parts"][name])
-            except (KeyError, RuntimeError, ValueError):
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
                 fail(f"the checkpoint in {self.folder} does not fit this model: "
                      f"was {self.args.script}.py changed since? Start a new run")
         for epoch in range(first, self.args.epochs + 1):
@@ -467,10 +486,12 @@ class Run:
                 "model": copy.deepcopy(self.parts["model"].state_dict())}
         with atomic(self.folder / "log.jsonl") as f:
             f.writelines((json.dumps(r, allow_nan=False) + "\n").encode() for r in self.history)
+        buffer = io.BytesIO()  # torch.save itself would hide a full disk behind a RuntimeError
+        torch.save({"config": self.config, "fold": self.fold, "epoch": self.epoch,
+                    "history": self.history, "best": self.best,
+                    "parts": {k: p.state_dict() for k, p in self.parts.items()}}, buffer)
         with atomic(self.folder / "checkpoint.pt") as f:
-            torch.save({"config": self.config, "fold": self.fold, "epoch": self.epoch,
-                        "history": self.history, "best": self.best,
-                        "parts": {k: p.state_dict() for k, p in self.parts.items()}}, f)
+            f.write(buffer.getbuffer())
         fold = f"fold {self.fold + 1}  " if getattr(self.args, "folds", 1) > 1 else ""
         print(f"{fold}epoch {self.epoch:3d}/{self.args.epochs}  " + "  ".join(
             f"{k} {v:.5g}" for k, v in list(row.items())[2:]), flush=True)
@@ -492,18 +513,17 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         saved = (self.folder / "checkpoint.pt").exists()
-        resume = (f"python {self.args.script}.py --resume {shlex.quote(str(self.folder))}"
-                  if saved else "a new run: no epoch was complete")
+        go_on = (f"go on with: python {shlex.quote(self.args.program)} "
+                 f"--resume {shlex.quote(str(self.folder))}" if saved else "no epoch was complete")
         if kind is None:
             print(self.folder)
         elif kind is KeyboardInterrupt:
-            print(f"\ninterrupted; go on with: {resume}", file=sys.stderr)
-            raise SystemExit(130)
+            fail(f"interrupted; {go_on}", status=130)
         elif kind is FloatingPointError:
             fail(f"{error} of epoch {self.epoch}: try a smaller --lr"
                  f"{f'; the last good checkpoint is in {self.folder}' if saved else ''}", status=1)
-        elif issubclass(kind, OSError) or "PytorchStreamWriter" in str(error):
-            fail(f"cannot write to {self.folder} ({error}); go on with: {resume}", status=1)
+        elif issubclass(kind, OSError):
+            fail(f"cannot write ({error}); {go_on}", status=1)
 
 
 def finite(loss, step):

@@ -50,7 +50,7 @@ def parse_args(argv=None):
     group.add_argument("--beta", type=number(float, 0, 1e6), default=1.0,
                        help="weight of the KL: more makes z simpler and images blurrier")
     group.add_argument("--sweep", type=number(float, 0, 1e6), nargs="+", metavar="BETA",
-                       help="train once with each of these betas and compare")
+                       help="train once with each of these betas; --beta says which one to show")
     group.add_argument("--sigma", type=number(float, 1e-3, 1e3),
                        help="standard deviation of a pixel given z; None: learned")
     group = parser.add_argument_group("figures")
@@ -235,10 +235,11 @@ def evaluate(model, x, beta):
     kl = kl_divergence(mu, logvar).mean(0)  # (D,)
     cov = torch.cov(mu.T) + logvar.clamp(max=20).exp().mean(0).diag()  # of z over all images
     cov = cov.cpu().double()  # a determinant of up to 784 small numbers
+    correlation = 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()
     return {"loss": (nll + beta * kl.sum()).item(), "mse": ae.mse(decode(model, mu), x).item(),
             "kl": kl.sum().item(), "elbo": -(nll + kl.sum()).item(), "kl_per_dim": kl.tolist(),
             "active_units": (mu.var(0) > 0.01).sum().item(),
-            "total_correlation": 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()}
+            "total_correlation": correlation if math.isfinite(correlation) else None}
 
 
 # --------------------------------------------------------------------------- figures
@@ -332,7 +333,7 @@ def main(argv=None):
     args = parse_args(argv)
     data = common.load_data(args)
     start_class = 8  # Bag, or the digit 8
-    if args.start_class:
+    if args.start_class is not None:
         names = [name.lower() for name in data.classes]
         if args.start_class.lower() not in names:
             common.fail(f"--start-class {args.start_class}: the classes are {', '.join(names)}")

@@ -21,8 +21,8 @@ def data_args(data="digits", data_dir="data", fast=False):
 
 def run_args(**changes):
     return Namespace(**{"script": "ae", "state": None, "command": "ae.py", "out_dir": None,
-                        "resume": None, "seed": 0, "device": "cpu", "data": "digits",
-                        "fast": False, "epochs": 2, "latent_dim": 3, **changes})
+                        "resume": None, "program": "ae.py", "seed": 0, "device": "cpu",
+                        "data": "digits", "fast": False, "epochs": 2, "latent_dim": 3, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_a_run_never_destroys_another(digits, fails, monkeypatch):
 
 def test_a_full_disk_keeps_the_last_checkpoint(digits, fails, monkeypatch):
     """A run that loses its checkpoint, or ends in a traceback, when the disk is full."""
-    def full(*args):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
     model, run = Model(), common.Run(run_args(epochs=3), digits, "val_loss")
 
@@ -263,7 +263,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(digits, fails, monkeypatch):
         with run:
             for epoch, _ in run.epochs(0, (0,), model=model):
                 if epoch == 2:
-                    monkeypatch.setattr(common.torch, "save", full)
+                    monkeypatch.setattr(common.os, "fsync", full)
                 run.end_epoch(train_loss=1.0, val_loss=1.0, seconds=0.1)
     message = fails(1, work)
     assert "No space left" in message and f"--resume {run.folder}" in message
@@ -301,7 +301,7 @@ def test_bad_checkpoints_are_refused(digits, fails, damage):
     elif damage == "foreign":
         script = "vae"
     else:
-        torch.save([1, 2] if damage == "list" else {"config": {"script": "ae"}}, path)
+        torch.save([1, 2] if damage == "list" else {"config": {"script": "ae"}, "fold": "0"}, path)
     message = fails(2, common.load_checkpoint, path, script)
     assert str(path) in message and not os.path.exists("executed")
 
