@@ -267,7 +267,7 @@ def read_verified(path, digest, download):
         except (OSError, EOFError, zlib.error, HTTPException) as error:
             problem = error
     raise LookupError(f"{path} is missing or damaged" + (
-        f" and could not be downloaded ({problem})" if download else ""))
+        f" and could not be downloaded ({problem})" if download else " (--fast downloads nothing)"))
 
 
 def fetch(url):
@@ -334,7 +334,7 @@ def pca_reconstruct(x_train, x_test, k):
 @contextmanager
 def atomic(path):
     """Write to a temporary file that replaces path only once it is complete and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may download at once
     try:
         with open(temporary, "wb") as f:
             yield f

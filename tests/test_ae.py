@@ -311,11 +311,14 @@ def test_readme_commands_parse():
         ae.parse_args(command)
 
 
-@pytest.mark.skipif(not (ROOT / "data" / "FashionMNIST").exists(),
-                    reason="needs FashionMNIST in data/")
+DATA = Path(os.environ.get("FASHION_MNIST_DIR", ROOT / "data"))
+
+
+@pytest.mark.skipif(not (DATA / "FashionMNIST").exists(),
+                    reason="no FashionMNIST in data/ or in $FASHION_MNIST_DIR")
 def test_real_fashion():
     """The real files: their sums, their order, PCA's known error at 38 components."""
-    data = common.load_data(ae.parse_args(["--data", "fashion", "--data-dir", str(ROOT / "data")]))
+    data = common.load_data(ae.parse_args(["--data", "fashion", "--data-dir", str(DATA)]))
     assert len(data.x_train) == 60_000 and len(data.x_test) == 10_000
     assert data.y_test[:5].tolist() == [9, 2, 1, 1, 6]
     recon = common.pca_reconstruct(data.x_train, data.x_test, 38)
