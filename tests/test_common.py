@@ -227,6 +227,14 @@ def test_the_best_weights_are_not_the_last(digits):
     assert run.best[0]["model"]["weight"].unique().tolist() == [2.0]
 
 
+def test_no_two_epochs_draw_the_same(digits):
+    """The same batches in every epoch, which a test of resuming cannot see."""
+    run = common.Run(run_args(epochs=3), digits, "val_loss")
+    seeds = [generator.initial_seed() for fold in (0, 1)
+             for _, generator in run.epochs(fold, (0, fold), model=Model())]
+    assert len(set(seeds)) == 6
+
+
 def test_the_run_folder(digits, capsys):
     """Lost numbers: not strict JSON, no line for an epoch, no versions, another last line."""
     run = train(run_args(), digits, [0.3, 0.1])
