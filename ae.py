@@ -8,7 +8,9 @@ Section 1 of the report: a convolutional autoencoder, its loss, its latent space
     python ae.py --recipe first         its first, untuned training: latent 100 (table 1, figure 1)
     python ae.py --fast                 smoke test in seconds
 
-RECEIPT
+FashionMNIST test images (results/ae*): MSE .0106 +- .0001 over 5 folds with 29,207 parameters;
+PCA with as many components has .0139, --recipe report .0138; --recipe first .0368, by its dropout.
+25 epochs take about 9 minutes on one core. Each run writes to a new folder in runs/.
 """
 
 import argparse

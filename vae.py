@@ -5,11 +5,14 @@ Section 2 of the report: a variational autoencoder, its latent space, traversals
     python vae.py                       the VAE with a true ELBO: beta 1
     python vae.py --beta 4              four times the pressure on the code
     python vae.py --sweep 0.25 1 4 16   one training per beta: the rate-distortion picture
-    python vae.py --latent-dim 2        a latent space that fits on paper
     python vae.py --recipe report       squared error + beta * KL, as we read the report
     python vae.py --fast                smoke test in seconds
+    python vae.py --latent-dim 2 --hidden 48 --augment none --epochs 16 --lr 0.006
+                                        a latent space that fits on paper
 
-RECEIPT
+FashionMNIST test images, one seed (results/vae*): MSE .0112 at beta 1 (PCA .0195), KL 50 nats, all
+18 latents active, 80,454 parameters; .0117 and 31 nats at beta 4, in 6 minutes on 2 cores;
+latent 2 .0256 (PCA .0461). Each run writes to a new folder in runs/.
 """
 
 import copy
@@ -301,7 +304,7 @@ def draw_plane(folder, model, mu, data):
 def draw_sweep(folder, betas, models, tests, data, start, pca_mse):
     """The lesson of beta on one page: rate against distortion, samples, traversals."""
     height = 1.9 * len(betas)
-    fig = Figure(figsize=(11, 3.6 + height), layout="constrained")
+    fig = Figure(figsize=(9, 3.6 + height), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[3.6, height])
     ax = top.subplots()
     ax.plot([t["kl"] for t in tests], [t["mse"] for t in tests], marker="o")
@@ -309,7 +312,8 @@ def draw_sweep(folder, betas, models, tests, data, start, pca_mse):
         ax.annotate(f" beta {beta:g}: {t['active_units']} active", (t["kl"], t["mse"]), va="bottom")
     ax.axhline(pca_mse, color="gray", ls="--", label="PCA of the same size")
     ax.set(xlabel="rate: KL, nats per image", ylabel="distortion: MSE per pixel at z = mu",
-           title=f"{data.name} test images: what a nat of code buys", xmargin=0.15)
+           title=f"{data.name} test images: what a nat of code buys")
+    ax.margins(x=0.2)  # room for the last label
     ax.legend()
     noise = torch.randn(40, len(tests[0]["kl_per_dim"]), generator=common.seed_everything(0))
     axes = bottom.subplots(len(betas), 2, squeeze=False)
