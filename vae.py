@@ -362,7 +362,8 @@ def main(argv=None):
                 clock = time.perf_counter()
                 train_loss = train_epoch(model, x_train, optimizer, schedule, beta, args, generator)
                 seconds = time.perf_counter() - clock
-                seen = evaluate(model, x_train[:len(x_val)], beta)  # to be compared with unseen
+                # both in evaluation mode and without augmentation, so that the two compare
+                seen = evaluate(model, x_train[:len(x_val)], beta)
                 unseen = evaluate(model, x_val, beta)
                 run.end_epoch(
                     beta=beta, train_loss=train_loss, seen_loss=seen["loss"],
