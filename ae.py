@@ -17,6 +17,7 @@ import argparse
 import math
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -125,6 +126,16 @@ class Autoencoder(nn.Module):
 
     def forward(self, x):
         return self.decoder(self.encoder(x))
+
+
+def load_run(folder):
+    """The Autoencoder of a finished run of this script: the best weights of its last fold."""
+    state = common.load_checkpoint(Path(folder) / "checkpoint.pt", "ae")
+    flags = state["config"]["flags"]
+    model = Autoencoder(flags["latent_dim"], flags["hidden"], flags["filters"],
+                        flags["decoder_filters"], flags["dropout"], flags["batchnorm"])
+    model.load_state_dict(state["best"][flags["folds"] - 1]["model"])
+    return model
 
 
 # --------------------------------------------------------------------------- loss

@@ -92,8 +92,9 @@ def add_flags(parser, recipes, epochs, batch_size, lr, augment):
                        help="images per step: fewer make more, noisier steps")
     group.add_argument("--lr", type=number(float, 1e-8, 100), default=lr,
                        help="learning rate; where it follows a schedule, its peak")
-    group.add_argument("--augment", choices=("none", "flip", "rotate"), default=augment,
-                       help="random change to each training image in each epoch")
+    group.add_argument("--augment", choices=("none", "flip", "report"), default=augment,
+                       help="random change to each training image in each epoch; report: rotated "
+                            "by up to 15 degrees and flipped upside down, as in its section 5")
     group = parser.add_argument_group("run")
     group.add_argument("--fast", action="store_true",
                        help="smoke test: the real code, few images and steps, no download")
@@ -303,18 +304,19 @@ def batches(n, batch_size, generator, device="cpu"):
 def augment(x, kind, generator):
     """Change each image of x (B, 1, 28, 28) by a draw of its own.
 
-    kind: "none"; "flip", left-right with probability 1/2; "rotate", by up to 15 degrees.
+    kind: "none"; "flip", left-right with probability 1/2; "report", rotated by up to 15 degrees
+    (our guess: the report gives no angle) and then upside down with probability 1/2.
     """
-    if kind == "flip":
-        flipped = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device) < 0.5
-        return torch.where(flipped, x.flip(3), x)
-    if kind == "rotate":
+    if kind == "none":
+        return x
+    flipped = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device) < 0.5
+    if kind == "report":
         angle = (torch.rand(len(x), generator=generator).to(x.device) * 2 - 1) * math.radians(15)
         cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
         rotation = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
         grid = F.affine_grid(rotation, x.shape, align_corners=False)
-        return F.grid_sample(x, grid, align_corners=False)
-    return x
+        x = F.grid_sample(x, grid, align_corners=False)
+    return torch.where(flipped, x.flip(3 if kind == "flip" else 2), x)
 
 
 def pca_reconstruct(x_train, x_test, k):
@@ -377,25 +379,25 @@ def load_checkpoint(path, script):
     return state
 
 
-def find_run(script, data, latent_dim, path=None, runs="runs"):
+def find_run(script, data, path=None, runs="runs", **wanted):
     """The folder of a finished run: path, or the newest in runs; None where there is none.
 
-    Only runs of this script, data ("fashion", "digits") and latent dimension count, and --fast
-    ones only as a path. A path that does not fit is exit 2.
+    Only runs of this script, on this data ("fashion", "digits") and with the wanted metrics count,
+    like latent_dim=38, and --fast ones only as a path. A path that does not fit is exit 2.
     """
+    wanted = {"script": script, "data": data, **wanted}
     found = []
     for folder in [Path(path)] if path else Path(runs).glob("*/"):
         with suppress(OSError, ValueError, KeyError, TypeError):  # unfinished, or no run at all
             file = folder / "metrics.json"
             m = json.loads(file.read_text())
-            fits = (m["script"], m["data"], m["latent_dim"]) == (script, data, latent_dim)
-            if fits and (path or not m["fast"]):
+            if wanted.items() <= m.items() and (path or not m["fast"]):
                 found.append((file.stat().st_mtime, folder))
     if found:
         print(f"using {max(found)[1]}, a run of {script}.py")
         return max(found)[1]
-    return path and fail(f"{path} is not a finished run of {script}.py with --data {data} "
-                         f"--latent-dim {latent_dim}")
+    return path and fail(f"{path} is not a finished run of {script}.py with " + ", ".join(
+        f"{key} {value}" for key, value in list(wanted.items())[1:]))
 
 
 class Run:
@@ -451,14 +453,15 @@ class Run:
         except OSError as error:
             fail(f"cannot create {out or 'runs'} ({error.strerror}): name another with --out-dir")
 
-    def epochs(self, fold, seeds, **parts):
+    def epochs(self, fold, seeds, epochs=None, **parts):
         """Yield (epoch, generator) for each epoch of this fold that is still to be trained.
 
-        seeds: numbers that, with the epoch, decide its draws. parts: model=, optimizer=, ...,
-        whatever has a state_dict(): restored first where the checkpoint stands in this fold, and
-        saved by end_epoch.
+        seeds: numbers that, with the epoch, decide its draws. epochs: how many, else --epochs.
+        parts: model=, optimizer=, ..., whatever has a state_dict(): restored first where the
+        checkpoint stands in this fold, and saved by end_epoch.
         """
         self.fold, self.parts, first = fold, parts, 1
+        self.total = epochs or self.args.epochs
         if self.state and fold < self.state["fold"]:
             return  # finished before the interruption
         if self.state and fold == self.state["fold"]:
@@ -469,20 +472,24 @@ class Run:
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
                 fail(f"the checkpoint in {self.folder} does not fit this model: "
                      f"was {self.args.script}.py changed since? Start a new run")
-        for epoch in range(first, self.args.epochs + 1):
+        for epoch in range(first, self.total + 1):
             self.epoch = epoch
             yield epoch, seed_everything(*seeds, epoch)
 
     def end_epoch(self, **row):
-        """Log the epoch's numbers, keep the best weights, write the checkpoint."""
+        """Log the epoch's numbers, keep the best weights, write the checkpoint.
+
+        Without a number to select by in the row, the newest weights count as the best.
+        """
         for name, value in row.items():
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} at the end")
         row = {"fold": self.fold, "epoch": self.epoch, **row}
         self.history.append(row)
-        if self.fold not in self.best or row[self.select] < self.best[self.fold][self.select]:
+        score = row.get(self.select, -self.epoch)
+        if self.fold not in self.best or score < self.best[self.fold][self.select]:
             self.best[self.fold] = {  # a copy: state_dict() holds references, which train on
-                "epoch": self.epoch, self.select: row[self.select],
+                "epoch": self.epoch, self.select: score,
                 "model": copy.deepcopy(self.parts["model"].state_dict())}
         with atomic(self.folder / "log.jsonl") as f:
             f.writelines((json.dumps(r, allow_nan=False) + "\n").encode() for r in self.history)
@@ -493,17 +500,18 @@ class Run:
         with atomic(self.folder / "checkpoint.pt") as f:
             f.write(buffer.getbuffer())
         fold = f"fold {self.fold + 1}  " if getattr(self.args, "folds", 1) > 1 else ""
-        print(f"{fold}epoch {self.epoch:3d}/{self.args.epochs}  " + "  ".join(
-            f"{k} {v:.5g}" for k, v in list(row.items())[2:]), flush=True)
+        print(f"{fold}epoch {self.epoch:3d}/{self.total}  " + "  ".join(
+            v if isinstance(v, str) else f"{k} {v:.5g}" for k, v in list(row.items())[2:]),
+            flush=True)
 
     def finish(self, metrics):
         """Write metrics.json (the metrics, then config.json's content); return the metrics."""
-        metrics = {"epochs": self.args.epochs,
+        metrics = {"folder": str(self.folder), "epochs": self.args.epochs,
                    "seconds_per_epoch": median(r["seconds"] for r in self.history),
                    "fast": self.args.fast, **metrics, **self.config}
         save_json(self.folder / "metrics.json", metrics)
-        if self.args.fast and self.args.epochs > 1:
-            losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
+        losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
+        if self.args.fast and len(losses) > 1:
             verdict = "fell" if losses[-1] < losses[0] else "DID NOT FALL"
             print(f"--fast: the training loss {verdict}: {losses[0]:.5g} -> {losses[-1]:.5g}")
         return metrics

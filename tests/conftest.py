@@ -72,4 +72,4 @@ def history(folder):
 
 def numbers(metrics):
     """The metrics without what differs between two equal runs."""
-    return {k: v for k, v in metrics.items() if k not in ("seconds_per_epoch", "command")}
+    return {k: v for k, v in metrics.items() if k not in ("seconds_per_epoch", "command", "folder")}

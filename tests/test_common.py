@@ -160,10 +160,13 @@ def test_augment_changes_each_image_by_its_own_draw(digits):
     mirrored = (flipped == x.flip(3)).flatten(1).all(1)
     assert (as_is | mirrored).all() and 60 < as_is.sum() < 140
     one = x[:1].expand(50, -1, -1, -1)
-    rotated = common.augment(one, "rotate", generator)
+    rotated = common.augment(one, "report", generator)
     assert rotated.shape == one.shape and 0 <= rotated.min() and rotated.max() <= 1
     assert len(rotated.unique(dim=0)) == 50  # fifty angles
-    assert (rotated - one).abs().mean() < 0.12  # small ones
+    upright, upside_down = ((rotated - other).abs().flatten(1).mean(1) for other in (
+        one, one.flip(2)))
+    assert torch.minimum(upright, upside_down).max() < 0.2  # small ones
+    assert 15 < (upright < upside_down).sum() < 35  # half of them upside down
     assert rotated.sum((1, 2, 3)).std() / rotated.sum((1, 2, 3)).mean() < 0.02  # nothing stretched
     assert common.augment(x, "none", generator) is x
 
@@ -322,11 +325,12 @@ def test_find_run(digits, fails, capsys):
     train(run_args(out_dir="runs/data", data="fashion"), digits, [0.3, 0.1])
     common.Run(run_args(out_dir="runs/unfinished"), digits, "val_loss")
     capsys.readouterr()
-    assert common.find_run("ae", "digits", 3) == good.folder
+    assert common.find_run("ae", "digits", latent_dim=3) == good.folder
     assert "runs/good" in capsys.readouterr().out
-    assert common.find_run("vae", "digits", 3) is None and capsys.readouterr().out == ""
-    assert common.find_run("ae", "digits", 3, path="runs/fast").name == "fast"
-    assert "not a finished run" in fails(2, common.find_run, "ae", "digits", 3, path="runs/size")
+    assert common.find_run("vae", "digits") is None and capsys.readouterr().out == ""
+    assert common.find_run("ae", "digits", "runs/fast", latent_dim=3).name == "fast"
+    message = fails(2, common.find_run, "ae", "digits", "runs/size", latent_dim=3)
+    assert "runs/size is not a finished run of ae.py with data digits, latent_dim 3" in message
 
 
 def test_the_loss_that_is_not_finite_is_named():
