@@ -499,7 +499,7 @@ class Run:
                     "parts": {k: p.state_dict() for k, p in self.parts.items()}}, buffer)
         with atomic(self.folder / "checkpoint.pt") as f:
             f.write(buffer.getbuffer())
-        fold = f"fold {self.fold + 1}  " if getattr(self.args, "folds", 1) > 1 else ""
+        fold = f"fold {self.fold + 1}  " if self.args.folds > 1 else ""
         print(f"{fold}epoch {self.epoch:3d}/{self.total}  " + "  ".join(
             v if isinstance(v, str) else f"{k} {v:.5g}" for k, v in list(row.items())[2:]),
             flush=True)

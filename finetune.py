@@ -89,7 +89,7 @@ def parse_args(argv=None):
     common.add_flags(parser, RECIPES, epochs=None, batch_size=None, lr=None, augment="flip")
     args = common.parse(parser, "finetune", argv, RECIPES, fast={"epochs": 2})
     if args.model == "cnn" and args.train not in (None, "all"):
-        parser.error("--model cnn starts from random weights: there is nothing to freeze")
+        parser.error(f"--train {args.train}: all of cnn learns, nothing in it is pre-trained")
     if args.scratch and args.model not in ("all", "ae"):
         parser.error("--scratch is for --model ae (ResNet18: --model resnet18-random)")
     if args.labels and args.model not in ("all", "ae"):
@@ -220,10 +220,13 @@ def plan(args, data):
         values |= {f: getattr(args, f) for f in flags if getattr(args, f) is not None}
         if name == "cnn":
             values["train"] = "all"
-        title = f"{name}, {values['train']} trained"
-        return argparse.Namespace(**{
-            "name": name, "title": title, "optimizer": "adam", "augment": args.augment,
-            "seed": args.seed, "fold": 0, "scratch": False, **values, **more})
+        values |= {"name": name, "title": f"{name}, {values['train']} trained",
+                   "optimizer": "adam", "augment": args.augment, "seed": args.seed, "fold": 0,
+                   "scratch": False, **more}
+        if name.startswith("resnet18") and (len(values["idx"]) - 1) % values["batch_size"] == 0:
+            common.fail(f"--batch-size {values['batch_size']} leaves a batch of one image, and "
+                        "ResNet18's last BatchNorm has nothing to average there: take another")
+        return argparse.Namespace(**values)
 
     splits = common.splits(data.y_train, args.folds, args.seed)
     parts = [part(name, fold=fold, idx=train, val=val, scratch=args.scratch and name == "ae")
@@ -440,8 +443,6 @@ def main(argv=None):
     args = parse_args(argv)
     data = common.load_data(args)
     parts = plan(args, data)
-    if any(part.name == "ae" and not part.scratch for part in parts):
-        args.encoder = find_encoder(args)
     imagenet, left_out = None, {}
     if args.model in ("all", "resnet18"):
         try:
@@ -451,6 +452,8 @@ def main(argv=None):
                 common.fail(problem)
             left_out["resnet18"] = str(problem)
             print(f"table 3 goes without resnet18: {problem}")
+    if any(part.name == "ae" and not part.scratch for part in parts):
+        args.encoder = find_encoder(args)
     numbered = [(n, part) for n, part in enumerate(parts) if part.name not in left_out]
 
     with common.Run(args, data, select="val_loss") as run:
