@@ -92,9 +92,10 @@ def add_flags(parser, recipes, epochs, batch_size, lr, augment):
                        help="images per step: fewer make more, noisier steps")
     group.add_argument("--lr", type=number(float, 1e-8, 100), default=lr,
                        help="learning rate; where it follows a schedule, its peak")
-    group.add_argument("--augment", choices=("none", "flip", "report"), default=augment,
-                       help="random change to each training image in each epoch; report: rotated "
-                            "by up to 15 degrees and flipped upside down, as in its section 5")
+    group.add_argument("--augment", choices=("none", "flip", "shift", "report"),
+                       default=augment, help="random change to each training image in each epoch: "
+                       "flip: left-right; shift: that and up to 2 pixels; report: as in its "
+                       "section 5, rotated and upside down")
     group = parser.add_argument_group("run")
     group.add_argument("--fast", action="store_true",
                        help="smoke test: the real code, few images and steps, no download")
@@ -304,19 +305,22 @@ def batches(n, batch_size, generator, device="cpu"):
 def augment(x, kind, generator):
     """Change each image of x (B, 1, 28, 28) by a draw of its own.
 
-    kind: "none"; "flip", left-right with probability 1/2; "report", rotated by up to 15 degrees
-    (our guess: the report gives no angle) and then upside down with probability 1/2.
+    kind: "none"; "flip", left-right with probability 1/2; "shift", flipped likewise and moved by
+    up to 2 pixels; "report", rotated by up to 15 degrees (our guess: the report gives no angle) and
+    flipped upside down with probability 1/2.
     """
     if kind == "none":
         return x
     flipped = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device) < 0.5
-    if kind == "report":
-        angle = (torch.rand(len(x), generator=generator).to(x.device) * 2 - 1) * math.radians(15)
-        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        rotation = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
-        grid = F.affine_grid(rotation, x.shape, align_corners=False)
-        x = F.grid_sample(x, grid, align_corners=False)
-    return torch.where(flipped, x.flip(3 if kind == "flip" else 2), x)
+    if kind != "flip":
+        angle = (torch.rand(len(x), generator=generator) * 2 - 1) * math.radians(15)
+        right, down = torch.randint(-2, 3, (2, len(x)), generator=generator) / 14  # 28 pixels are 2
+        angle, right, down = (angle, 0 * right, 0 * down) if kind == "report" else (
+            0 * angle, right, down)
+        move = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1)
+        grid = F.affine_grid(move.view(-1, 2, 3).to(x.device), x.shape, align_corners=False)
+        x = F.grid_sample(x, grid, align_corners=False)  # what comes in from outside is black
+    return torch.where(flipped, x.flip(2 if kind == "report" else 3), x)
 
 
 def pca_reconstruct(x_train, x_test, k):
@@ -499,7 +503,7 @@ class Run:
                     "parts": {k: p.state_dict() for k, p in self.parts.items()}}, buffer)
         with atomic(self.folder / "checkpoint.pt") as f:
             f.write(buffer.getbuffer())
-        fold = f"fold {self.fold + 1}  " if self.args.folds > 1 else ""
+        fold = f"fold {self.fold + 1}  " if getattr(self.args, "folds", 1) > 1 else ""
         print(f"{fold}epoch {self.epoch:3d}/{self.total}  " + "  ".join(
             v if isinstance(v, str) else f"{k} {v:.5g}" for k, v in list(row.items())[2:]),
             flush=True)

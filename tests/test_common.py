@@ -168,6 +168,13 @@ def test_augment_changes_each_image_by_its_own_draw(digits):
     assert torch.minimum(upright, upside_down).max() < 0.2  # small ones
     assert 15 < (upright < upside_down).sum() < 35  # half of them upside down
     assert rotated.sum((1, 2, 3)).std() / rotated.sum((1, 2, 3)).mean() < 0.02  # nothing stretched
+    shifted = common.augment(one, "shift", generator)[:, 0, 4:-4, 4:-4]  # outside comes black
+    places = [(flip, down, right) for flip in (0, 1) for down in range(2, 7)
+              for right in range(2, 7)]
+    crops = torch.stack([(x[0, 0].flip(1) if flip else x[0, 0])[down:down + 20, right:right + 20]
+                         for flip, down, right in places])
+    found = {((crops - s).abs().amax((1, 2)) < 1e-4).nonzero().item() for s in shifted}
+    assert len(found) > 20  # of these fifty, each by chance
     assert common.augment(x, "none", generator) is x
 
 
