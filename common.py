@@ -404,6 +404,22 @@ def find_run(script, data, path=None, runs="runs", **wanted):
         f"{key} {value}" for key, value in list(wanted.items())[1:]))
 
 
+def find_or_train(main, script, args, flags, path=None, **wanted):
+    """The folder of a run that fits (see find_run); where there is none, main(flags) trains one.
+
+    main: that of the script. args: the caller's, after load_data; with its --fast, a --fast run is
+    trained in any case.
+    """
+    folder = None if args.fast and not path else find_run(script, args.data, path, **wanted)
+    if not folder:
+        flags = ["--fast", *flags] if args.fast else flags
+        print(f"no run that fits: {shlex.join(['python', f'{script}.py', *flags])} comes first",
+              flush=True)
+        folder = main([*flags, "--data", args.data, "--data-dir", args.data_dir,
+                       "--seed", str(args.seed), "--device", args.device])["folder"]
+    return str(folder)
+
+
 class Run:
     """The folder of one run: config.json, log.jsonl, checkpoint.pt, metrics.json, figures.
 
@@ -504,6 +520,8 @@ class Run:
         with atomic(self.folder / "checkpoint.pt") as f:
             f.write(buffer.getbuffer())
         fold = f"fold {self.fold + 1}  " if getattr(self.args, "folds", 1) > 1 else ""
+        if "model" in row:  # its name says more than a number
+            fold = ""
         print(f"{fold}epoch {self.epoch:3d}/{self.total}  " + "  ".join(
             v if isinstance(v, str) else f"{k} {v:.5g}" for k, v in list(row.items())[2:]),
             flush=True)
