@@ -75,7 +75,7 @@ def number(kind, low, high):
 def folder(text):
     """An argparse type: a path; an empty one (an unset variable in a shell) is refused."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("the name of the folder is empty")
+        raise argparse.ArgumentTypeError("the name is empty")
     return text
 
 

@@ -204,10 +204,10 @@ def imagenet_weights(args):
         return state_dict
     except pickle.UnpicklingError:
         problem = "more than plain tensors, or damaged: refused, it could run code"
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-        problem = "damaged, or not of torchvision's ResNet18: delete it, or name another"
-    except (OSError, EOFError, HTTPException) as error:
+    except (OSError, HTTPException) as error:
         problem = error
+    except Exception:  # whatever else garbage makes the readers raise
+        problem = "damaged, or not of torchvision's ResNet18: delete it, or name another"
     finally:
         socket.setdefaulttimeout(None)
     raise LookupError(f"no ImageNet weights in {args.weights or path.name}: {problem}")

