@@ -529,10 +529,11 @@ class Run:
     def finish(self, metrics):
         """Write metrics.json (the metrics, then config.json's content); return the metrics."""
         metrics = {"folder": str(self.folder), "epochs": self.args.epochs,
-                   "seconds_per_epoch": median(r["seconds"] for r in self.history),
+                   "seconds_per_epoch": median([r["seconds"] for r in self.history] or [0.0]),
                    "fast": self.args.fast, **metrics, **self.config}
         save_json(self.folder / "metrics.json", metrics)
-        losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
+        losses = [r["train_loss"] for r in self.history
+                  if r["fold"] == self.fold and "train_loss" in r]  # a GAN's fall to no purpose
         if self.args.fast and len(losses) > 1:
             verdict = "fell" if losses[-1] < losses[0] else "DID NOT FALL"
             print(f"--fast: the training loss {verdict}: {losses[0]:.5g} -> {losses[-1]:.5g}")
