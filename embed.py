@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patheffects import withStroke
@@ -125,7 +126,7 @@ def trustworthiness(x, maps):
 
     x: (N, 784), the truth. 1: the 5 nearest points in the map are the 5 nearest images, for all.
     A wrong one costs its rank among all images, minus 5; a map by chance has about .5 (Venna and
-    Kaski 2001). scikit-learn's function gives the same, but sorts a full N x N matrix: 2.5 GB for
+    Kaski 2001). scikit-learn's function gives the same, but sorts a full N x N matrix: 2 GB for
     10,000 points. The ranks of N x 5 pairs are all that is needed, a few rows at a time.
     """
     n, k = len(x), NEIGHBOURS
@@ -194,7 +195,7 @@ def draw_names(ax, points, y, classes):
 def draw_maps(folder, file, maps, x, y, data):
     """Write folder/file.png: the maps [(name, points (N, 2), numbers)] of x (N, 1, 28, 28), y (N,).
 
-    Small images lie where they belong, in the middle: they show what a region means.
+    Some of the images are drawn, centred at their points: they show what a region means.
     """
     rows, columns = (2, 2) if len(maps) == 4 else (1, len(maps))
     fig = Figure(figsize=(7 * columns + 1, 6 * rows + 0.5), layout="constrained")
@@ -202,7 +203,8 @@ def draw_maps(folder, file, maps, x, y, data):
     for ax, (name, points, numbers) in zip(axes, maps, strict=True):
         common.scatter(ax, points, y, data.classes)
         for i in spread(points, gap=0.09):
-            image = OffsetImage(x[i, 0].cpu().numpy(), zoom=0.7, cmap="gray_r")
+            image = OffsetImage(x[i, 0].cpu().numpy(), zoom=0.7, cmap="gray_r",
+                                norm=Normalize(0, 1))
             ax.add_artist(AnnotationBbox(image, points[i], pad=0,
                                          bboxprops={"edgecolor": f"C{y[i]}", "linewidth": 1.5}))
         draw_names(ax, points, y, data.classes)

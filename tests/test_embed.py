@@ -180,6 +180,7 @@ def test_images_lie_where_they_belong(digits, monkeypatch, tmp_path):
     for box in boxes:
         i = np.abs(points - box.xy).sum(1).argmin()
         assert np.array_equal(box.offsetbox.get_data(), x[i, 0].numpy())
+        assert box.offsetbox.image.get_clim() == (0, 1)  # not each on a scale of its own
     assert sorted(text.get_text() for text in ax.texts) == sorted("0123456789")
     assert all(text in ax.get_title() for text in ("VAE", "0.500", "0.750", "0.0123"))
     assert "cannot place new images" in tsne.get_title()
