@@ -8,7 +8,9 @@ Section 4 of the report: the test images in two dimensions, by an autoencoder, a
     python embed.py --ae DIR --vae DIR        of these runs of ae.py and vae.py
     python embed.py --fast                    smoke test in seconds
 
-RECEIPT
+10,000 FashionMNIST test images, one seed (results/embed): 5-NN accuracy and trustworthiness .705
+and .971 with the AE (129,747 parameters), .701 and .968 with the VAE, .499 and .912 with PCA, .803
+and .994 with t-SNE, which takes a minute on one core. Each run writes to a new folder in runs/.
 
 It takes the newest runs of ae.py and vae.py with --latent-dim 2 in runs/. Where there is none it
 trains one first, so an interrupted command is simply repeated: what was trained is there.
@@ -228,7 +230,7 @@ def draw_maps(folder, file, maps, x, y, data):
 def train(name, args, folder):
     """Train the encoder that is missing: in runs/, or with --fast in folder; returns the run's."""
     print(f"no run of {name}.py with latent dimension 2 to take: training one, "
-          f"{'seconds' if args.fast or args.data == 'digits' else 'about 4 minutes'}", flush=True)
+          f"{'seconds' if args.fast or args.data == 'digits' else 'about 5 minutes'}", flush=True)
     flags = [*shlex.split(TRAINING[name]), "--data", args.data, "--data-dir", args.data_dir,
              "--seed", str(args.seed), "--device", args.device]
     if args.fast:
