@@ -96,6 +96,13 @@ def add_flags(parser, recipes, epochs, batch_size, lr, augment):
                        default=augment, help="random change to each training image in each epoch: "
                        "flip: left-right; shift: that and up to 2 pixels; report: as in its "
                        "section 5, rotated and upside down")
+    add_run_flags(parser).add_argument(
+        "--resume", type=folder, metavar="DIR",
+        help="go on with the interrupted run in DIR, or redraw a finished one")
+
+
+def add_run_flags(parser):
+    """The flags of every script, also of one without epochs; returns their group."""
     group = parser.add_argument_group("run")
     group.add_argument("--fast", action="store_true",
                        help="smoke test: the real code, few images and steps, no download")
@@ -105,24 +112,23 @@ def add_flags(parser, recipes, epochs, batch_size, lr, augment):
                        help="where FashionMNIST lies or is downloaded to")
     group.add_argument("--out-dir", type=folder, metavar="DIR",
                        help="folder for the results, new or empty; else a new one in runs/")
-    group.add_argument("--resume", type=folder, metavar="DIR",
-                       help="go on with the interrupted run in DIR, or redraw a finished one")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
                        help="same command, same seed, same machine: same numbers")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                        help="auto: a GPU if there is one")
+    return group
 
 
 def parse(parser, script, argv, recipes, fast):
     """Parse argv. An explicit flag wins over fast's defaults, those over the recipe's.
 
-    recipes: {name: {flag: default}}, fast: {flag: default}. With --resume the flags are those of
-    the run's checkpoint (it comes back as args.state); a flag that contradicts them is refused,
-    for the run would no longer be the one that was interrupted.
+    recipes: {name: {flag: default}}, fast: {flag: default}; empty without training flags. With
+    --resume the flags are those of the run's checkpoint (it comes back as args.state); a flag that
+    contradicts them is refused, for the run would no longer be the one that was interrupted.
     """
     args = parser.parse_args(argv)
     state, saved = None, {}
-    if args.resume:
+    if "resume" in args and args.resume:
         if args.out_dir:
             parser.error("--resume goes on in its own folder: leave --out-dir out")
         state = load_checkpoint(Path(args.resume) / "checkpoint.pt", script)
@@ -131,7 +137,8 @@ def parse(parser, script, argv, recipes, fast):
             fail(f"{args.resume} is of another version of {script}.py: start a new run")
         parser.set_defaults(**saved)
     else:
-        parser.set_defaults(**recipes[args.recipe])
+        if recipes:
+            parser.set_defaults(**recipes[args.recipe])
         if args.fast:
             parser.set_defaults(**fast)
     args = parser.parse_args(argv)
@@ -428,7 +435,7 @@ class Run:
     folder; history, one dict per epoch; best, {fold: {"epoch", select, "model": state_dict}}.
     """
 
-    def __init__(self, args, data, select):
+    def __init__(self, args, data, select=None):
         self.args, self.select, self.state = args, select, args.state
         self.fold = self.epoch = 0
         self.history = self.state["history"] if self.state else []
@@ -461,8 +468,9 @@ class Run:
             if out:
                 Path(out).mkdir(parents=True, exist_ok=True)
                 if any(Path(out).iterdir()):
-                    fail(f"--out-dir {out} is not empty: name a new folder, or go on with what "
-                         f"is there by --resume {out}")
+                    fail(f"--out-dir {out} is not empty: name a new folder" + (
+                        f", or go on with what is there by --resume {out}"
+                        if "resume" in self.args else ""))
                 return Path(out)
             name = time.strftime(f"runs/{self.args.script}-%Y%m%d-%H%M%S")
             for suffix in ("", *(f"-{n}" for n in range(2, 100))):
@@ -528,11 +536,13 @@ class Run:
 
     def finish(self, metrics):
         """Write metrics.json (the metrics, then config.json's content); return the metrics."""
-        metrics = {"folder": str(self.folder), "epochs": self.args.epochs,
-                   "seconds_per_epoch": median(r["seconds"] for r in self.history),
-                   "fast": self.args.fast, **metrics, **self.config}
+        if self.history:
+            metrics = {"epochs": self.args.epochs, "seconds_per_epoch": median(
+                r["seconds"] for r in self.history), **metrics}
+        metrics = {"folder": str(self.folder), "fast": self.args.fast, **metrics, **self.config}
         save_json(self.folder / "metrics.json", metrics)
-        losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
+        losses = [r["train_loss"] for r in self.history
+                  if r["fold"] == self.fold and "train_loss" in r]  # a GAN's fall to no purpose
         if self.args.fast and len(losses) > 1:
             verdict = "fell" if losses[-1] < losses[0] else "DID NOT FALL"
             print(f"--fast: the training loss {verdict}: {losses[0]:.5g} -> {losses[-1]:.5g}")
@@ -544,7 +554,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         saved = (self.folder / "checkpoint.pt").exists()
         go_on = (f"go on with: python {shlex.quote(self.args.program)} "
-                 f"--resume {shlex.quote(str(self.folder))}" if saved else "no epoch was complete")
+                 f"--resume {shlex.quote(str(self.folder))}" if saved else
+                 "nothing to go on with: repeat the command")
         if kind is None:
             print(self.folder)
         elif kind is KeyboardInterrupt:

@@ -1,0 +1,287 @@
+"""What does a data set look like on paper, and how far can one trust such a map?
+
+Section 4 of the report: the test images in two dimensions, by an autoencoder, a VAE, PCA, t-SNE.
+
+    python embed.py                           all four maps, measured
+    python embed.py --perplexity 5 30 100     how t-SNE depends on it
+    python embed.py --points 2000             fewer images: quicker, and easier to read
+    python embed.py --ae DIR --vae DIR        of these runs of ae.py and vae.py
+    python embed.py --fast                    smoke test in seconds
+
+10,000 FashionMNIST test images, one seed (results/embed): 5-NN accuracy and trustworthiness .705
+and .971 with the AE (129,747 parameters), .701 and .968 with the VAE, .499 and .912 with PCA, .803
+and .994 with t-SNE, which takes a minute on one core. Each run writes to a new folder in runs/.
+
+It takes the newest runs of ae.py and vae.py with --latent-dim 2 in runs/. Where there is none it
+trains one first, so an interrupted command is simply repeated: what was trained is there.
+"""
+
+import math
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.patheffects import withStroke
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.metrics import euclidean_distances
+from sklearn.model_selection import KFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+
+import ae
+import common
+import vae
+
+# --------------------------------------------------------------------------- flags
+
+# what to train where there is no run with latent dimension 2: the best we found for small networks
+TRAINING = {
+    "ae": "--latent-dim 2 --hidden 96 --filters 16 32 --decoder-filters 48 64 32 "
+          "--epochs 20 --lr 0.012",
+    "vae": "--latent-dim 2 --hidden 48 --augment none --epochs 16 --lr 0.006",
+}
+NEIGHBOURS = 5  # in both measures
+
+
+def parse_args(argv=None):
+    number = common.number
+    parser = common.Parser(description=__doc__.partition("\n")[0])
+    group = parser.add_argument_group("maps")
+    group.add_argument("--points", type=number(int, 16, 10**9), metavar="N",
+                       help="the first N test images; None: all of them")
+    group.add_argument("--perplexity", type=number(float, 2, 10**4), nargs="+", default=[30],
+                       metavar="P", help="how many neighbours t-SNE cares for; of several, the map "
+                                         "in the table is that of 30, or of the first")
+    for name in ("ae", "vae"):
+        group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
+                           help=f"run of {name}.py with --latent-dim 2; None: the newest in runs/")
+    common.add_run_flags(parser)
+    return common.parse(parser, "embed", argv, recipes={}, fast={})
+
+
+# --------------------------------------------------------------------------- maps
+
+
+def map_encoder(script, folder, x):
+    """Codes z (N, 2) of x (N, 1, 28, 28) by a run of ae.py or vae.py, and its numbers.
+
+    Seconds: the training of the whole run, and encoding.
+    """
+    model = script.load_run(folder).to(x.device)
+    log = common.load_checkpoint(folder / "checkpoint.pt", script.__name__)["history"]
+    clock = time.perf_counter()
+    z = vae.encode(model, x)[0] if script is vae else ae.encode(model, x)  # mu: without the noise
+    seconds = time.perf_counter() - clock + sum(row["seconds"] for row in log)
+    return z.cpu().double().numpy(), {
+        "test_mse": ae.mse(script.reconstruct(model, x), x).item(), "seconds": seconds,
+        "parameters": sum(p.numel() for p in model.parameters()), "run": str(folder)}
+
+
+def map_pca(x_train, x):
+    """The first two principal components (N, 2) of x (N, 1, 28, 28), fitted on x_train."""
+    clock = time.perf_counter()
+    pca = PCA(2, svd_solver="covariance_eigh").fit(pixels(x_train))
+    points = pca.transform(pixels(x))
+    seconds = time.perf_counter() - clock
+    mse = np.square(pca.inverse_transform(points) - pixels(x)).mean().item()
+    return points, {"test_mse": mse, "seconds": seconds}
+
+
+def map_tsne(x, perplexity, seed):
+    """t-SNE (N, 2) of x (N, 1, 28, 28): of its first 50 principal components.
+
+    With all 784 pixels most of the time would go into the search for neighbours. t-SNE moves the
+    points themselves, it learns no function of x: a new image has no place, a place no image.
+    """
+    print(f"t-SNE of {len(x):,} points with perplexity {perplexity:g}", flush=True)
+    clock = time.perf_counter()
+    x = PCA(min(50, len(x)), random_state=seed).fit_transform(pixels(x))
+    points = TSNE(perplexity=perplexity, random_state=seed).fit_transform(x)
+    return points.astype(float), {"seconds": time.perf_counter() - clock, "perplexity": perplexity}
+
+
+def pixels(x):
+    """x (N, 1, 28, 28) as an array (N, 784) for scikit-learn."""
+    return x.flatten(1).cpu().double().numpy()
+
+
+# --------------------------------------------------------------------------- measures
+
+
+def knn_accuracy(points, y):
+    """Do the classes keep apart? How often the 5 nearest points of a map (N, 2) vote for the truth.
+
+    Returns the accuracy and that of each class, {class: accuracy}, both 5-fold: no point votes for
+    itself, and each is asked once. The points have no order, so the folds need no shuffling.
+    """
+    vote = KNeighborsClassifier(NEIGHBOURS)
+    right = cross_val_predict(vote, points, y, cv=KFold(5)) == y
+    return right.mean().item(), {c: right[y == c].mean().item() for c in np.unique(y).tolist()}
+
+
+def trustworthiness(x, maps):
+    """Are neighbours in a map neighbours in truth? One number for each of the maps (N, 2).
+
+    x: (N, 784), the truth. 1: the 5 nearest points in the map are the 5 nearest images, for all.
+    A wrong one costs its rank among all images, minus 5; a map by chance has about .5 (Venna and
+    Kaski 2001). scikit-learn's function gives the same, but sorts a full N x N matrix: 2 GB for
+    10,000 points. The ranks of N x 5 pairs are all that is needed, a few rows at a time.
+    """
+    n, k = len(x), NEIGHBOURS
+    near = [NearestNeighbors(n_neighbors=k).fit(points).kneighbors(return_distance=False)
+            for points in maps]  # (N, k) each, a point is not its own neighbour
+    cost = np.zeros(len(maps))
+    for rows in np.array_split(np.arange(n), math.ceil(n / 200)):
+        distance = euclidean_distances(x[rows], x)  # (B, N)
+        for m, index in enumerate(near):
+            to_near = np.take_along_axis(distance, index[rows], axis=1)  # (B, k)
+            for j in range(k):
+                rank = (distance < to_near[:, j, None]).sum(1)  # 1: the nearest; 0 is itself
+                cost[m] += np.maximum(rank - k, 0).sum()
+    return (1 - cost * 2 / (n * k * (2 * n - 3 * k - 1))).tolist()
+
+
+def print_table(maps):
+    """A line for each of the maps [(name, points, numbers)]."""
+    print(f"{'map':23}{'5-NN accuracy':>15}{'trustworthiness':>17}{'test MSE':>10}{'seconds':>9}"
+          "  new points")
+    for name, _, m in maps:
+        title = LABELS[name][0] + (f", perplexity {m['perplexity']:g}" if name == "tsne" else "")
+        mse = f"{m['test_mse']:.4f}" if "test_mse" in m else "-"
+        print(f"{title:23}{m['knn_accuracy']:15.3f}{m['trustworthiness']:17.3f}{mse:>10}"
+              f"{m['seconds']:9.1f}  {'yes' if m['places_new_points'] else 'no'}")
+
+
+# --------------------------------------------------------------------------- figures
+
+LABELS = {"ae": ("AE", "z[0]", "z[1]"), "vae": ("VAE", "mu[0]", "mu[1]"),
+          "pca": ("PCA", "first component", "second component"),
+          "tsne": ("t-SNE", "first coordinate, no unit",
+                   "second coordinate: large distances mean little")}
+
+
+def spread(points, gap):
+    """Indices of points (N, 2) all over a map, no two closer than gap times its width and height.
+
+    One after the other in the order of the data, so each is typical of its place, not extreme.
+    """
+    points = points / np.ptp(points, axis=0)
+    chosen = []
+    for i, point in enumerate(points):
+        if (np.abs(points[chosen] - point).max(1) > gap).all():
+            chosen.append(i)
+    return chosen
+
+
+def draw_names(ax, points, y, classes):
+    """The name of each class at the median of its points (N, 2), or a little above.
+
+    From the lowest to the highest: a name moves up by 1 % of the map until it lies on no other.
+    """
+    size, taken = np.ptp(points, axis=0), []
+    medians = {c: np.median(points[y == c], axis=0) for c in np.unique(y)}
+    for c, at in sorted(medians.items(), key=lambda item: item[1][1]):
+        half = 0.009 * len(classes[c])  # about half of the name's width, in widths of the map
+        while any(abs(at - other)[0] < (half + other_half) * size[0]
+                  and abs(at - other)[1] < 0.037 * size[1] for other, other_half in taken):
+            at = at + [0, 0.01 * size[1]]
+        taken.append((at, half))
+        ax.text(*at, classes[c], ha="center", va="center", weight="bold", zorder=10,
+                path_effects=[withStroke(linewidth=3, foreground="white")])
+
+
+def draw_maps(folder, file, maps, x, y, data):
+    """Write folder/file.png: the maps [(name, points (N, 2), numbers)] of x (N, 1, 28, 28), y (N,).
+
+    Some of the images are drawn, centred at their points: they show what a region means.
+    """
+    rows, columns = (2, 2) if len(maps) == 4 else (1, len(maps))
+    fig = Figure(figsize=(7 * columns + 1, 6 * rows + 0.5), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).flat
+    for ax, (name, points, numbers) in zip(axes, maps, strict=True):
+        common.scatter(ax, points, y, data.classes)
+        for i in spread(points, gap=0.09):
+            image = OffsetImage(x[i, 0].cpu().numpy(), zoom=0.7, cmap="gray_r",
+                                norm=Normalize(0, 1))
+            ax.add_artist(AnnotationBbox(image, points[i], pad=0,
+                                         bboxprops={"edgecolor": f"C{y[i]}", "linewidth": 1.5}))
+        draw_names(ax, points, y, data.classes)
+        title, xlabel, ylabel = LABELS[name]
+        if name == "tsne":
+            title += f" with perplexity {numbers['perplexity']:g}: cannot place new images"
+        else:
+            title += f": test MSE {numbers['test_mse']:.4f}"
+        ax.set(xlabel=xlabel, ylabel=ylabel,
+               title=f"{title}\n5-NN accuracy {numbers['knn_accuracy']:.3f}, "
+                     f"trustworthiness {numbers['trustworthiness']:.3f}")
+    fig.suptitle(f"{data.name}: {len(x):,} test images")
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right center", markerscale=4)
+    fig.savefig(folder / f"{file}.png", dpi=120)
+
+
+# --------------------------------------------------------------------------- main
+
+
+def train(name, args, folder):
+    """Train the encoder that is missing: in runs/, or with --fast in folder; returns the run's."""
+    print(f"no run of {name}.py with latent dimension 2 to take: training one, "
+          f"{'seconds' if args.fast or args.data == 'digits' else 'about 5 minutes'}", flush=True)
+    flags = [*shlex.split(TRAINING[name]), "--data", args.data, "--data-dir", args.data_dir,
+             "--seed", str(args.seed), "--device", args.device]
+    if args.fast:
+        flags += ["--epochs", "3", "--fast", "--out-dir", str(folder / name)]
+    return {"ae": ae, "vae": vae}[name].main(flags)["folder"]
+
+
+def main(argv=None):
+    """Make the maps, measure, draw; returns the metrics as a dict."""
+    args = parse_args(argv)
+    data = common.load_data(args)
+    n = args.points or len(data.x_test)
+    if n > len(data.x_test):
+        common.fail(f"--points {n}: there are {len(data.x_test):,} test images")
+    if n < 3 * max(args.perplexity):  # t-SNE weighs that many neighbours of each point
+        common.fail(f"--perplexity {max(args.perplexity):g} takes three times as many points, "
+                    f"{n} are too few: name a smaller one, or more --points")
+    x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
+    runs = {"ae": args.ae, "vae": args.vae}
+    for name, path in runs.items():
+        if path or not args.fast:  # a smoke test takes no full run that happens to be there
+            runs[name] = common.find_run(name, args.data, path, latent_dim=2)
+
+    with common.Run(args, data) as run:
+        maps = []  # (name, points (N, 2), numbers)
+        for script in (ae, vae):
+            name = script.__name__
+            folder = Path(runs[name] or train(name, args, run.folder))
+            maps.append((name, *map_encoder(script, folder, x)))
+        maps.append(("pca", *map_pca(data.x_train, x)))
+        tsne = [("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
+        maps += tsne
+
+        trust = trustworthiness(pixels(x), [points for _, points, _ in maps])
+        for (name, points, numbers), value in zip(maps, trust, strict=True):
+            accuracy, of_class = knn_accuracy(points, y)
+            numbers |= {"knn_accuracy": accuracy, "trustworthiness": value,
+                        "places_new_points": name != "tsne",
+                        "class_accuracy": {data.classes[c]: a for c, a in of_class.items()}}
+        print_table(maps)
+
+        four = [*maps[:3], next((m for m in tsne if m[2]["perplexity"] == 30), tsne[0])]
+        for number, one in enumerate(four, start=26):
+            draw_maps(run.folder, f"fig{number}_{one[0]}", [one], x, y, data)
+        draw_maps(run.folder, "maps", four, x, y, data)
+        if len(tsne) > 1:
+            draw_maps(run.folder, "perplexity", tsne, x, y, data)
+        return run.finish({
+            "methods": {name: numbers for name, _, numbers in four}, "points": n,
+            "neighbours": NEIGHBOURS, "perplexity": [numbers for *_, numbers in tsne]})
+
+
+if __name__ == "__main__":
+    common.start(main)
