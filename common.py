@@ -499,10 +499,11 @@ class Run:
     def finish(self, metrics):
         """Write metrics.json (the metrics, then config.json's content); return the metrics."""
         metrics = {"epochs": self.args.epochs,
-                   "seconds_per_epoch": median(r["seconds"] for r in self.history),
+                   "seconds_per_epoch": (  # None: nothing was left to train, in a search
+                       median(r["seconds"] for r in self.history) if self.history else None),
                    "fast": self.args.fast, **metrics, **self.config}
         save_json(self.folder / "metrics.json", metrics)
-        if self.args.fast and self.args.epochs > 1:
+        if self.args.fast and self.args.epochs > 1 and self.history:
             losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
             verdict = "fell" if losses[-1] < losses[0] else "DID NOT FALL"
             print(f"--fast: the training loss {verdict}: {losses[0]:.5g} -> {losses[-1]:.5g}")
