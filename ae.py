@@ -85,7 +85,7 @@ def parse_args(argv=None):
                        help="of the study: a journal file, which workers on one machine or in a "
                             "shared folder may have in common, or a database (SQLite: one worker "
                             "only); None: study.journal in the run's folder")
-    group.add_argument("--price", type=number(float, 0, 1), default=1e-4,
+    group.add_argument("--price", type=number(float, 0, 1), default=5e-5,
                        help="MSE that a latent dimension must save to be worth having in --tune")
     group.add_argument("--ablate", action="store_true",
                        help="the impact of each regulariser, over three seeds; 5 epochs each")
