@@ -29,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -357,7 +358,7 @@ def draw_activations(folder, model, data):
 
 
 class Dropped(Exception):
-    """Ends a trial that shall not count."""
+    """Ends a trial that does not count."""
 
 
 def suggest(trial):
@@ -412,13 +413,14 @@ def tune(args, data):
     """Search until args.tune trials are finished; returns the metrics.
 
     The cost is the validation MSE after a short training plus --price for each latent dimension.
-    The MSE alone falls with every dimension, so its search ends at the upper bound, as the
-    report's did at 38. MSE over PCA's at the same size ends at the lower bound (full trainings:
-    .76 at 38, .63 at 18). With a price it ends where a dimension no longer saves its price: what
-    that is, is for the user of the code to say, not for the search.
+    The MSE alone falls with every dimension: a search for it ends at the upper bound, as the
+    report's did at 38. MSE over PCA's at the same size would end at the lower one (full trainings:
+    .76 at 38, .63 at 18). With a price it ends where one more dimension no longer saves it. What a
+    dimension is worth no data can tell: it is for whoever uses the code to say.
     """
-    counted = (TrialState.COMPLETE, TrialState.PRUNED)  # not failed, and not running: that may be
-    # the trial of a worker that was killed, for which one would wait for ever
+    # what counts as finished. Not a running trial: its worker may have been killed. So the last
+    # trials of several workers are a race, and who loses it gives up
+    counted = (TrialState.COMPLETE, TrialState.PRUNED)
     train, val = common.splits(data.y_train, 1, args.seed)[0]
     x_train, x_val = data.x_train[train], data.x_train[val]  # all that a trial sees
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # we print a line for each trial
@@ -443,7 +445,7 @@ def tune(args, data):
             def after(epoch, val_mse):
                 trial.report(val_mse + price(values), epoch)
                 if len(study.get_trials(states=counted)) >= args.tune:
-                    raise Dropped("not needed, other workers have finished the last one")
+                    raise Dropped("other workers have finished the last one meanwhile")
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
@@ -462,10 +464,13 @@ def tune(args, data):
             print(f"trial {trial.number}: {trial.state.name.lower()}, "
                   f"{len(study.get_trials(states=counted))} of {args.tune} finished", flush=True)
 
-        if len(study.get_trials(states=counted)) < args.tune:
-            study.optimize(objective, n_trials=10 * args.tune,  # even if nearly all fail, it ends
-                           catch=(FloatingPointError, Dropped), callbacks=[
-                               report, optuna.study.MaxTrialsCallback(args.tune, states=counted)])
+        try:
+            if len(study.get_trials(states=counted)) < args.tune:
+                study.optimize(objective, n_trials=10 * args.tune,  # an end even if all fail
+                               catch=(FloatingPointError, Dropped), callbacks=[
+                                   report, MaxTrialsCallback(args.tune, states=counted)])
+        except optuna.exceptions.StorageInternalError as error:  # a database that went away
+            raise OSError(error) from error
 
         rows = [{"trial": t.number, "state": t.state.name.lower(), **suggest(t),
                  "val_mse": t.value and t.value - price(t.params), "cost": t.value}
@@ -529,9 +534,10 @@ def ablate(args, data, seeds=3):
     """
     with common.Run(args, data, select="val_mse") as run:
         for part, (name, s) in enumerate((name, s) for name in VARIANTS for s in range(seeds)):
-            print(f"{name}, seed {args.seed + s}")
-            train, val = common.splits(data.y_train, 1, args.seed + s)[0]
-            fit(argparse.Namespace(**vars(args) | VARIANTS[name]), run, part, (args.seed + s, 0),
+            seed = (args.seed + s) % 2**32
+            print(f"{name}, seed {seed}")
+            train, val = common.splits(data.y_train, 1, seed)[0]
+            fit(argparse.Namespace(**vars(args) | VARIANTS[name]), run, part, (seed, 0),
                 data.x_train[train], data.x_train[val])
 
         last = [r for r in run.history if r["epoch"] == args.epochs]  # one for each training

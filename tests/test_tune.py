@@ -266,11 +266,17 @@ def test_storage_that_cannot_be_used(untrained, fails):
     assert sorted(os.listdir()) == before
 
 
-def test_database(untrained):
-    """A URL taken for a file's name."""
+def test_database(untrained, monkeypatch, fails):
+    """A URL taken for a file's name; a traceback when the database goes away."""
     for total in ("1", "2"):
         metrics = ae.main([*FAST, "--tune", total, "--storage", "sqlite:///x.db"])
     assert len(metrics["trials"]) == 2 and Path("x.db").exists()
+
+    def gone(epoch, val_mse):
+        raise optuna.exceptions.StorageInternalError("it is\nlocked")
+    in_trial(2, gone, monkeypatch)
+    message = fails(1, ae.main, [*SEARCH, "--storage", "sqlite:///x.db", "--out-dir", "a"])
+    assert "it is locked" in message and message.endswith("--resume a")
 
 
 @pytest.mark.parametrize("flags", [
@@ -301,7 +307,8 @@ def test_ablation(spied, monkeypatch):
     """A variant that changes nothing or too much, another split or length than its rivals'."""
     val_mse = iter(range(1, 1000))
     monkeypatch.setattr(ae, "evaluate", lambda model, x: float(next(val_mse)))
-    metrics = ae.main([*FAST, "--ablate", "--epochs", "2", "--seed", "5", "--out-dir", "a"])
+    metrics = ae.main([*FAST, "--ablate", "--epochs", "2", "--seed", str(2**32 - 1),
+                       "--out-dir", "a"])
     assert len(spied) == 6 * 3 * 2
     variants = list(metrics["ablation"].items())
     plain = {"batchnorm": True, "dropout": 0.0, "l1": 0.0, "weight_decay": 0.0, "lr": 0.01,
