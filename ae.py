@@ -516,13 +516,13 @@ def draw_search(folder, study, data_name):
 
 # --------------------------------------------------------------------------- ablation
 
-VARIANTS = {  # what each changes; the factors and SGD's rate are the best of a few tried
+VARIANTS = {  # what each changes; the factors and the rate of SGD are the best of a few tried
     "baseline": {},
     "no batch norm": {"batchnorm": False},
     "dropout 0.2": {"dropout": 0.2},
     "L1, 1e-6": {"l1": 1e-6},
     "L2, 1e-5": {"weight_decay": 1e-5},
-    "SGD, lr 1": {"optimizer": "sgd", "lr": 1.0},
+    "SGD, lr 10": {"optimizer": "sgd", "lr": 10.0},
 }
 
 
