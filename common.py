@@ -503,8 +503,8 @@ class Run:
                        median(r["seconds"] for r in self.history) if self.history else None),
                    "fast": self.args.fast, **metrics, **self.config}
         save_json(self.folder / "metrics.json", metrics)
-        if self.args.fast and self.args.epochs > 1 and self.history:
-            losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
+        losses = [r["train_loss"] for r in self.history if r["fold"] == self.fold]
+        if self.args.fast and len(losses) > 1:
             verdict = "fell" if losses[-1] < losses[0] else "DID NOT FALL"
             print(f"--fast: the training loss {verdict}: {losses[0]:.5g} -> {losses[-1]:.5g}")
         return metrics
