@@ -81,11 +81,12 @@ def parse_args(argv=None):
                        help="L1: this factor times the sum of |w| is added to the loss")
     group = parser.add_argument_group("many short trainings instead of one")
     group.add_argument("--tune", type=number(int, 1, 100_000), metavar="N",
-                       help="search until N trials in all are finished; 5 epochs each")
+                       help="search until N trials in all are finished, of 5 epochs or fewer")
     group.add_argument("--storage", metavar="FILE|URL",
-                       help="of the study: a journal file, which workers on one machine or in a "
-                            "shared folder may have in common, or a database (SQLite: one worker "
-                            "only); None: study.journal in the run's folder")
+                       help="where the study is: a journal file, which many workers on one machine "
+                            "or in a shared folder may use, or a database (SQLite: one worker; a "
+                            "password in the URL would show in config.json); None: "
+                            "study.journal in the run's folder")
     group.add_argument("--price", type=number(float, 0, 1), default=5e-5,
                        help="MSE that a latent dimension must save to be worth having in --tune")
     group.add_argument("--ablate", action="store_true",
