@@ -381,27 +381,32 @@ def open_study(args, where):
 
     The report's values come first in it, and again if their trial failed or was interrupted.
     """
-    try:
-        storage = where if "://" in where else optuna.storages.JournalStorage(
-            JournalFileBackend(where, JournalFileOpenLock(where)))
-        study = optuna.create_study(
-            storage=storage, study_name="ae", load_if_exists=True, direction="minimize",
-            # what is worse than the median ends early, but not before the rate has passed its peak
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=math.ceil(args.epochs / 2)))
-        trials = study.get_trials()
-    except Exception as error:  # each kind of storage has its own
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        common.fail(f"cannot keep a study in --storage {where} ({problem})")
     report = optuna.trial.FixedTrial(REPORT)
     suggest(report)
     settings = {"data": args.data, "fast": args.fast, "epochs": args.epochs, "seed": args.seed,
                 "price": args.price, **{k: str(d) for k, d in report.distributions.items()}}
-    if not trials and "settings" not in study.user_attrs:
-        study.set_user_attr("settings", settings)
-    known = study.user_attrs.get("settings", {})
+    # what is worse than the median ends early, but not before the rate has passed its peak
+    pruner = optuna.pruners.MedianPruner(n_warmup_steps=math.ceil(args.epochs / 2))
+    try:
+        storage = where if "://" in where else optuna.storages.JournalStorage(
+            JournalFileBackend(where, JournalFileOpenLock(where)))
+        try:
+            study = optuna.create_study(storage=storage, study_name="ae", direction="minimize",
+                                        pruner=pruner)
+            study.enqueue_trial(REPORT, user_attrs={"report": True})
+            study.set_user_attr("settings", settings)
+        except optuna.exceptions.DuplicatedStudyError:  # another worker was faster: let it finish
+            study = optuna.load_study(study_name="ae", storage=storage, pruner=pruner)
+            for _ in range(20):
+                if "settings" not in study.user_attrs:
+                    time.sleep(0.1)
+        known, trials = study.user_attrs.get("settings", {}), study.get_trials()
+    except Exception as error:  # each kind of storage has its own
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        common.fail(f"cannot keep a study in --storage {where} ({problem})")
     differ = [k for k, v in settings.items() if known.get(k) != v]
     if study.directions != [optuna.study.StudyDirection.MINIMIZE]:
-        differ = ["direction"]  # create_study ignores ours
+        differ = ["direction"]
     if differ:
         common.fail(f"the study in {where} has another {', '.join(differ)}: repeat the command "
                     "that began it, or name another --storage")

@@ -241,7 +241,7 @@ def test_another_direction_or_space_is_refused(untrained, fails, monkeypatch):
     create("two", directions=["minimize", "minimize"])
     for name in ("up", "two"):
         assert "another direction" in fails(2, ae.main, [*SEARCH, "--storage", name])
-    create("foreign").add_trial(optuna.trial.create_trial(value=1.0))
+    create("foreign")
     assert "another data" in fails(2, ae.main, [*SEARCH, "--storage", "foreign"])
 
     ae.main([*FAST, "--tune", "1", "--storage", "j", "--out-dir", "a"])
