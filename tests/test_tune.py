@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,11 +39,20 @@ def untrained(monkeypatch):
     monkeypatch.setattr(ae, "draw_search", lambda *args: None)
 
 
-def journal(path):
-    """The trials of a journal file, read by Optuna itself."""
+def create(path, how=optuna.create_study, **directions):
+    """A study in a journal file, by Optuna itself."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-    return optuna.load_study(study_name="ae", storage=storage).trials
+    return how(study_name="ae", storage=storage, **directions)
+
+
+def load(path):
+    return create(path, optuna.load_study)
+
+
+def journal(path):
+    """The trials in a journal file."""
+    return load(path).trials
 
 
 def states(trials):
@@ -178,12 +188,25 @@ def test_interrupted_search_goes_on(untrained, monkeypatch, fails):
 
 
 def test_no_point_twice(untrained):
-    """Two workers that enqueue the report's values in the same instant both train them."""
+    """The report's values enqueued by hand, or by two workers that go on, are trained twice."""
     ae.main([*FAST, "--tune", "1", "--storage", "j"])
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend("j"))
-    optuna.load_study(study_name="ae", storage=storage).enqueue_trial(REPORT)
+    load("j").enqueue_trial(REPORT)
     ae.main([*FAST, "--tune", "2", "--storage", "j"])
     assert states(journal("j")) == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_workers_that_start_in_the_same_instant(untrained):
+    """Who finds a study half made refuses it, or enqueues the report's values once more."""
+    ae.main([*FAST, "--tune", "1", "--storage", "other"])
+    study = create("j")
+
+    def finish():  # what the worker that creates it does a moment later
+        study.enqueue_trial(REPORT, user_attrs={"report": True})
+        study.set_user_attr("settings", load("other").user_attrs["settings"])
+    threading.Timer(0.3, finish).start()
+    ae.main([*FAST, "--tune", "2", "--storage", "j"])
+    assert states(journal("j")) == ["COMPLETE"] * 2
+    assert [trial.params == REPORT for trial in journal("j")] == [True, False]
 
 
 def test_two_workers_one_killed(tmp_path):
@@ -195,7 +218,8 @@ def test_two_workers_one_killed(tmp_path):
     workers = [worker("a"), worker("b")]
     while not (tmp_path / "b" / "checkpoint.pt").exists() and workers[1].poll() is None:
         time.sleep(0.01)
-    workers[1].send_signal(signal.SIGKILL)  # in its first trial, or it was too late for one
+    time.sleep(0.1)  # so that it hardly ever dies with the journal's lock, which takes 30 s to break
+    workers[1].send_signal(signal.SIGKILL)  # in its first trial, or it came too late for one
     workers[1].wait()
     before = {t.number: t.value for t in journal("j") if t.state.is_finished()}
     assert workers[0].wait() == 0
@@ -211,9 +235,7 @@ def test_surplus_trials_end_early(untrained, monkeypatch):
     """Four workers that end with up to three trials more than asked for."""
     def others_finish(epoch, val_mse):
         for _ in range(3):
-            storage = optuna.storages.JournalStorage(
-                optuna.storages.journal.JournalFileBackend("j"))
-            study = optuna.load_study(study_name="ae", storage=storage)
+            study = load("j")
             trial = study.ask()
             ae.suggest(trial)
             study.tell(trial, 1.0)
@@ -233,10 +255,7 @@ def test_another_search_is_refused(untrained, fails, flags, named):
 
 def test_another_direction_or_space_is_refused(untrained, fails, monkeypatch):
     """Optuna itself ignores another direction silently."""
-    def create(name, **directions):
-        storage = optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(name))
-        return optuna.create_study(study_name="ae", storage=storage, **directions)
+    monkeypatch.setattr(ae.time, "sleep", lambda seconds: None)
     create("up", direction="maximize")
     create("two", directions=["minimize", "minimize"])
     for name in ("up", "two"):
