@@ -218,7 +218,7 @@ def test_two_workers_one_killed(tmp_path):
     workers = [worker("a"), worker("b")]
     while not (tmp_path / "b" / "checkpoint.pt").exists() and workers[1].poll() is None:
         time.sleep(0.01)
-    time.sleep(0.1)  # so that it hardly ever dies with the journal's lock, which takes 30 s to break
+    time.sleep(0.1)  # it shall not die with the journal's lock: that takes 30 s to break
     workers[1].send_signal(signal.SIGKILL)  # in its first trial, or it came too late for one
     workers[1].wait()
     before = {t.number: t.value for t in journal("j") if t.state.is_finished()}
