@@ -6,6 +6,8 @@ Section 1 of the report: a convolutional autoencoder, its loss, its latent space
     python ae.py --folds 5              the same with 5-fold cross validation (table 1)
     python ae.py --recipe report        the report's own settings
     python ae.py --recipe first         its first, untuned training: latent 100 (table 1, figure 1)
+    python ae.py --tune 20              search for better values with Optuna, 20 trials
+    python ae.py --ablate               what each regulariser costs or gains, over three seeds
     python ae.py --fast                 smoke test in seconds
 
 FashionMNIST test images (results/ae*): MSE .0106 +- .0001 over 5 folds with 29,207 parameters;
@@ -15,14 +17,21 @@ PCA with as many components has .0139, --recipe report .0138; --recipe first .03
 
 import argparse
 import math
+import shlex
 import statistics
 import time
 from pathlib import Path
+import warnings
 
+import matplotlib
+import optuna
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import MaxTrialsCallback
+from optuna.trial import TrialState
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.model_selection import cross_val_score
@@ -33,11 +42,12 @@ import common
 
 # --------------------------------------------------------------------------- flags
 
+# the report's best trial
+REPORT = {"latent_dim": 38, "batch_size": 48, "dropout": 0.0, "lr": 0.002, "weight_decay": 5e-5}
 RECIPES = {
     "best": {},
-    # the report's best trial; it says nothing of a schedule or of epochs
-    "report": {"lr": 0.002, "batch_size": 48, "weight_decay": 5e-5, "schedule": "constant",
-               "augment": "flip"},
+    # the report says nothing of a schedule or of epochs
+    "report": {**REPORT, "schedule": "constant", "augment": "flip"},
     # the report's first training. Only the latent size is known: the dropout is nn.Dropout()'s
     # default, the rate Adam's; width, batch and epochs are a guess
     "first": {"latent_dim": 100, "hidden": 100, "lr": 0.001, "batch_size": 64, "dropout": 0.5,
@@ -70,7 +80,33 @@ def parse_args(argv=None):
                        help="L2: this factor times each parameter is added to its gradient")
     group.add_argument("--l1", type=number(float, 0, 1), default=0.0,
                        help="L1: this factor times the sum of |w| is added to the loss")
+    group = parser.add_argument_group("many short trainings instead of one")
+    group.add_argument("--tune", type=number(int, 1, 100_000), metavar="N",
+                       help="search until N trials in all are finished, of 5 epochs or fewer")
+    group.add_argument("--storage", metavar="FILE|URL",
+                       help="where the study is: a journal file, which many workers on one machine "
+                            "or in a shared folder may use, or a database (SQLite: one worker; a "
+                            "password in the URL would show in config.json); None: "
+                            "study.journal in the run's folder")
+    group.add_argument("--price", type=number(float, 0, 1), default=5e-5,
+                       help="MSE that a latent dimension must save to be worth having in --tune")
+    group.add_argument("--ablate", action="store_true",
+                       help="the impact of each regulariser, over three seeds; 5 epochs each")
     common.add_flags(parser, RECIPES, epochs=25, batch_size=64, lr=0.01, augment="none")
+
+    args = parser.parse_args(argv)  # a first look: which mode is it?
+    if args.tune or args.ablate:
+        parser.set_defaults(epochs=5)
+    if args.tune:
+        free = ("tune", "storage", "price", "epochs", "fast", "data", "data_dir", "out_dir",
+                "resume", "seed", "device")
+        for name, value in vars(args).items():
+            if name not in free and value != parser.get_default(name):
+                parser.error(f"--tune and --{name.replace('_', '-')}: choose one")
+    elif args.storage is not None or args.price != parser.get_default("price"):
+        parser.error("--storage and --price belong to --tune N")
+    if args.ablate and args.folds > 1:
+        parser.error("--ablate and --folds: choose one")
     return common.parse(parser, "ae", argv, RECIPES, fast={"epochs": 3})
 
 
@@ -195,6 +231,30 @@ def make_optimizer(model, args, n):
     return optimizer, schedule
 
 
+def fit(args, run, fold, seeds, x_train, x_val, after=None):
+    """Train a new network on x_train (N, 1, 28, 28), validate it after each epoch; returns it.
+
+    seeds: numbers that decide every draw. after(epoch, val_mse) may raise to end the training.
+    """
+    common.seed_everything(*seeds)
+    model = Autoencoder(args.latent_dim, args.hidden, args.filters, args.decoder_filters,
+                        args.dropout, args.batchnorm).to(args.device)
+    optimizer, schedule = make_optimizer(model, args, len(x_train))
+    for epoch, generator in run.epochs(fold, seeds, model=model, optimizer=optimizer,
+                                       schedule=schedule):
+        clock = time.perf_counter()
+        train_loss = train_epoch(model, x_train, optimizer, schedule, args, generator)
+        seconds = time.perf_counter() - clock
+        val_mse = evaluate(model, x_val)
+        run.end_epoch(
+            train_loss=train_loss,  # on the way: dropout on, penalty added
+            train_mse=evaluate(model, x_train[:len(x_val)]),  # to be compared with val_mse
+            val_mse=val_mse, seconds=seconds)
+        if after:
+            after(epoch, val_mse)
+    return model
+
+
 # --------------------------------------------------------------------------- evaluation
 
 
@@ -306,6 +366,227 @@ def draw_activations(folder, model, data):
                   f"{maps.shape[1]} maps of {maps.shape[2]}x{maps.shape[3]}")
 
 
+# --------------------------------------------------------------------------- search
+
+
+class Dropped(Exception):
+    """Ends a trial that does not count."""
+
+
+def suggest(trial):
+    """The search space: a point in it as {flag: value}.
+
+    --hidden stays at 38, so that no point exceeds the report's 29,716 parameters. Two digits, so
+    that the command printed at the end trains what was tried.
+    """
+    values = {"latent_dim": trial.suggest_int("latent_dim", 4, 38),
+              "batch_size": trial.suggest_int("batch_size", 32, 128, step=16),
+              "dropout": trial.suggest_float("dropout", 0, 0.5, step=0.1),
+              "lr": trial.suggest_float("lr", 1e-3, 3e-2, log=True),
+              "weight_decay": trial.suggest_float("weight_decay", 1e-7, 1e-3, log=True)}
+    return {k: v if isinstance(v, int) else float(f"{v:.2g}") for k, v in values.items()}
+
+
+def open_study(args, where):
+    """The study in a journal file or database, new or there already; exit 2 if it is another one.
+
+    The report's values come first in it, and again if their trial failed or was interrupted.
+    """
+    report = optuna.trial.FixedTrial(REPORT)
+    suggest(report)
+    settings = {"data": args.data, "fast": args.fast, "epochs": args.epochs, "seed": args.seed,
+                "price": args.price, **{k: str(d) for k, d in report.distributions.items()}}
+    # what is worse than the median ends early, but not before the rate has passed its peak
+    pruner = optuna.pruners.MedianPruner(n_warmup_steps=math.ceil(args.epochs / 2))
+    try:
+        storage = where if "://" in where else optuna.storages.JournalStorage(
+            JournalFileBackend(where, JournalFileOpenLock(where)))
+        try:
+            study = optuna.create_study(storage=storage, study_name="ae", direction="minimize",
+                                        pruner=pruner)
+            study.enqueue_trial(REPORT, user_attrs={"report": True})
+            study.set_user_attr("settings", settings)
+        except optuna.exceptions.DuplicatedStudyError:  # another worker was faster: let it finish
+            study = optuna.load_study(study_name="ae", storage=storage, pruner=pruner)
+            for _ in range(20):
+                if "settings" not in study.user_attrs:
+                    time.sleep(0.1)
+        known, trials = study.user_attrs.get("settings", {}), study.get_trials()
+    except Exception as error:  # each kind of storage has its own
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        common.fail(f"cannot keep a study in --storage {where} ({problem})")
+    differ = [k for k, v in settings.items() if known.get(k) != v]
+    if study.directions != [optuna.study.StudyDirection.MINIMIZE]:
+        differ = ["direction"]
+    if differ:
+        common.fail(f"the study in {where} has another {', '.join(differ)}: repeat the command "
+                    "that began it, or name another --storage")
+    if all(t.state == TrialState.FAIL for t in trials if t.user_attrs.get("report")):
+        study.enqueue_trial(REPORT, user_attrs={"report": True})
+    return study
+
+
+def tune(args, data):
+    """Search until args.tune trials are finished; returns the metrics.
+
+    The cost is the validation MSE after a short training plus --price for each latent dimension.
+    The MSE alone falls with every dimension: a search for it ends at the upper bound, as the
+    report's did at 38. MSE over PCA's at the same size would end at the lower one (full trainings:
+    .76 at 38, .63 at 18). With a price it ends where one more dimension no longer saves it. What a
+    dimension is worth no data can tell: it is for whoever uses the code to say.
+    """
+    # what counts as finished. Not a running trial: its worker may have been killed. So the last
+    # trials of several workers are a race, and who loses it gives up
+    counted = (TrialState.COMPLETE, TrialState.PRUNED)
+    train, val = common.splits(data.y_train, 1, args.seed)[0]
+    x_train, x_val = data.x_train[train], data.x_train[val]  # all that a trial sees
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # we print a line for each trial
+    study = None if args.storage is None else open_study(args, args.storage)
+
+    with common.Run(args, data, select="val_mse") as run:
+        study = study or open_study(args, str(run.folder / "study.journal"))
+        if args.state and len(study.get_trials()) <= args.state["fold"]:
+            common.fail(f"the study of {args.resume} is gone: start a new run")
+
+        def price(values):
+            return args.price * values["latent_dim"]
+
+        def objective(trial):
+            # all draws follow from the seed and the trial's number: with one seed for all,
+            # workers that start together and searches that go on would repeat points
+            study.sampler = optuna.samplers.TPESampler(
+                seed=common.seed_everything(args.seed, trial.number).initial_seed())
+            values = suggest(trial)
+            print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
+
+            def after(epoch, val_mse):
+                trial.report(val_mse + price(values), epoch)
+                if len(study.get_trials(states=counted)) >= args.tune:
+                    raise Dropped("other workers have finished the last one meanwhile")
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+            try:
+                if any(t.params == trial.params and t.number < trial.number
+                       and t.state != TrialState.FAIL for t in study.get_trials()):
+                    raise Dropped("tried already")
+                fit(argparse.Namespace(**vars(args) | values), run, trial.number,
+                    (args.seed, trial.number), x_train, x_val, after)
+            except (FloatingPointError, Dropped) as error:
+                print(f"trial {trial.number} does not count: {error}")
+                raise
+            return run.history[-1]["val_mse"] + price(values)
+
+        def report(study, trial):
+            print(f"trial {trial.number}: {trial.state.name.lower()}, "
+                  f"{len(study.get_trials(states=counted))} of {args.tune} finished", flush=True)
+
+        try:
+            if len(study.get_trials(states=counted)) < args.tune:
+                study.optimize(objective, n_trials=10 * args.tune,  # an end even if all fail
+                               catch=(FloatingPointError, Dropped), callbacks=[
+                                   report, MaxTrialsCallback(args.tune, states=counted)])
+        except optuna.exceptions.StorageInternalError as error:  # a database that went away
+            raise OSError(error) from error
+
+        rows = [{"trial": t.number, "state": t.state.name.lower(), **suggest(t),
+                 "val_mse": t.value and t.value - price(t.params), "cost": t.value}
+                for t in study.get_trials() if len(t.params) == len(REPORT)]
+        rows.sort(key=lambda row: (row["state"] != "complete", row["cost"] or math.inf))
+        if not rows or rows[0]["state"] != "complete":
+            common.fail("not one trial was completed", status=1)
+        show_table(rows)
+        best = {k: v for k, v in rows[0].items() if k != "state"}
+        best["command"] = f"python {shlex.quote(args.program)} " + " ".join(
+            f"--{name.replace('_', '-')} {best[name]}" for name in REPORT)
+        if args.data == "digits":
+            best["command"] += " --data digits"
+        print("train with the best values:", best["command"], sep="\n")
+        draw_search(run.folder, study, data.name)
+        return run.finish({"best": best, "trials": rows})
+
+
+def show_table(rows):
+    """Print dicts that have the same keys as a table."""
+    for cells in (rows[0], *(row.values() for row in rows)):
+        print(*(f"{f'{cell:.4g}' if isinstance(cell, float) else str(cell):>13}" for cell in cells))
+
+
+def draw_search(folder, study, data_name):
+    """Optuna's pictures: how the cost fell, and the share of its variance that each flag explains.
+
+    The second takes at least four complete trials.
+    """
+    plots = optuna.visualization.matplotlib
+    with warnings.catch_warnings(), matplotlib.rc_context():  # optuna sets another style for all
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        axes = {"tune_history": plots.plot_optimization_history(study, target_name="cost")}
+        if len(study.get_trials(states=(TrialState.COMPLETE,))) > 3:
+            axes["tune_importance"] = plots.plot_param_importances(
+                study, optuna.importance.FanovaImportanceEvaluator(seed=0), target_name="cost")
+        for name, ax in axes.items():
+            ax.set_title("")
+            ax.set_title(f"{data_name}, validation cost of short trainings", loc="left")
+            ax.figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            matplotlib.pyplot.close(ax.figure)
+
+
+# --------------------------------------------------------------------------- ablation
+
+VARIANTS = {  # what each changes; the factors and the rate of SGD are the best of a few tried
+    "baseline": {},
+    "no batch norm": {"batchnorm": False},
+    "dropout 0.2": {"dropout": 0.2},
+    "L1, 1e-6": {"l1": 1e-6},
+    "L2, 1e-5": {"weight_decay": 1e-5},
+    "SGD, lr 10": {"optimizer": "sgd", "lr": 10.0},
+}
+
+
+def ablate(args, data, seeds=3):
+    """Train every variant with every seed, all equally long; returns the metrics.
+
+    On validation data: which regulariser to take is a choice. The variants share each seed's split,
+    weights and batches, so their differences spread less than their values.
+    """
+    with common.Run(args, data, select="val_mse") as run:
+        for part, (name, s) in enumerate((name, s) for name in VARIANTS for s in range(seeds)):
+            seed = (args.seed + s) % 2**32
+            print(f"{name}, seed {seed}")
+            train, val = common.splits(data.y_train, 1, seed)[0]
+            fit(argparse.Namespace(**vars(args) | VARIANTS[name]), run, part, (seed, 0),
+                data.x_train[train], data.x_train[val])
+
+        last = [r for r in run.history if r["epoch"] == args.epochs]  # one for each training
+        rows, ablation = [], {}
+        for part, (name, flags) in enumerate(VARIANTS.items()):
+            ends = last[part * seeds:(part + 1) * seeds]
+            each = [r["val_mse"] for r in ends]
+            extra = [r["val_mse"] - b["val_mse"] for r, b in zip(ends, last[:seeds], strict=True)]
+            rows.append({"variant": name, "val_mse": statistics.mean(each),
+                         "std": statistics.stdev(each), "minus_base": statistics.mean(extra),
+                         "its_std": statistics.stdev(extra),
+                         "train_mse": statistics.mean(r["train_mse"] for r in ends)})
+            ablation[name] = {**rows[-1], "each": each, "flags": flags}
+        show_table(rows)
+        draw_ablation(run.folder, ablation, f"{data.name}, {args.epochs} epochs each")
+        return run.finish({"ablation": ablation})
+
+
+def draw_ablation(folder, ablation, title):
+    """A dot for each seed and a line at the mean, the best variant on top."""
+    fig = Figure(figsize=(7, 0.4 * len(ablation) + 1.3), layout="constrained")
+    ax = fig.subplots()
+    rows = sorted(ablation.values(), key=lambda row: -row["val_mse"])
+    for y, row in enumerate(rows):
+        ax.scatter(row["each"], [y] * len(row["each"]), alpha=0.6)
+        ax.plot([row["val_mse"]] * 2, [y - 0.3, y + 0.3], color="black")
+    ax.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    ax.set(xlabel="validation MSE per pixel (line: mean)", title=title)
+    ax.grid(alpha=0.3, axis="x")
+    fig.savefig(folder / "ablation.png", dpi=120)
+
+
 # --------------------------------------------------------------------------- main
 
 
@@ -313,22 +594,14 @@ def main(argv=None):
     """Train, test once, draw; returns the metrics as a dict."""
     args = parse_args(argv)
     data = common.load_data(args)
+    if args.tune:
+        return tune(args, data)
+    if args.ablate:
+        return ablate(args, data)
     with common.Run(args, data, select="val_mse") as run:
         for fold, (train, val) in enumerate(common.splits(data.y_train, args.folds, args.seed)):
             x_train, x_val = data.x_train[train], data.x_train[val]
-            common.seed_everything(args.seed, fold)
-            model = Autoencoder(args.latent_dim, args.hidden, args.filters, args.decoder_filters,
-                                args.dropout, args.batchnorm).to(args.device)
-            optimizer, schedule = make_optimizer(model, args, len(x_train))
-            for _, generator in run.epochs(fold, (args.seed, fold), model=model,
-                                           optimizer=optimizer, schedule=schedule):
-                clock = time.perf_counter()
-                train_loss = train_epoch(model, x_train, optimizer, schedule, args, generator)
-                seconds = time.perf_counter() - clock
-                run.end_epoch(
-                    train_loss=train_loss,  # on the way: dropout on, penalty added
-                    train_mse=evaluate(model, x_train[:len(x_val)]),  # to be compared with val_mse
-                    val_mse=evaluate(model, x_val), seconds=seconds)
+            model = fit(args, run, fold, (args.seed, fold), x_train, x_val)
 
         # the one look at the test set, with each fold's weights of its best validation epoch
         test_mse = []
