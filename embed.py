@@ -72,13 +72,13 @@ def map_encoder(script, folder, x):
     Seconds: the training of the whole run, and encoding.
     """
     model = script.load_run(folder).to(x.device)
-    log = common.load_checkpoint(folder / "checkpoint.pt", script.__name__)["history"]
+    log = common.load_checkpoint(Path(folder) / "checkpoint.pt", script.__name__)["history"]
     clock = time.perf_counter()
     z = vae.encode(model, x)[0] if script is vae else ae.encode(model, x)  # mu: without the noise
     seconds = time.perf_counter() - clock + sum(row["seconds"] for row in log)
     return z.cpu().double().numpy(), {
         "test_mse": ae.mse(script.reconstruct(model, x), x).item(), "seconds": seconds,
-        "parameters": sum(p.numel() for p in model.parameters()), "run": str(folder)}
+        "parameters": sum(p.numel() for p in model.parameters()), "run": folder}
 
 
 def map_pca(x_train, x):
@@ -227,15 +227,11 @@ def draw_maps(folder, file, maps, x, y, data):
 # --------------------------------------------------------------------------- main
 
 
-def train(name, args, folder):
-    """Train the encoder that is missing: in runs/, or with --fast in folder; returns the run's."""
-    print(f"no run of {name}.py with latent dimension 2 to take: training one, "
-          f"{'seconds' if args.fast or args.data == 'digits' else 'about 5 minutes'}", flush=True)
-    flags = [*shlex.split(TRAINING[name]), "--data", args.data, "--data-dir", args.data_dir,
-             "--seed", str(args.seed), "--device", args.device]
-    if args.fast:
-        flags += ["--epochs", "3", "--fast", "--out-dir", str(folder / name)]
-    return {"ae": ae, "vae": vae}[name].main(flags)["folder"]
+def find_encoder(script, args):
+    """The run of ae.py or vae.py to take: a named one, the newest that fits, or a new one."""
+    name = script.__name__
+    flags = shlex.split(TRAINING[name]) + (["--epochs", "3"] if args.fast else [])
+    return common.find_or_train(script.main, name, args, flags, getattr(args, name), latent_dim=2)
 
 
 def main(argv=None):
@@ -249,17 +245,11 @@ def main(argv=None):
         common.fail(f"--perplexity {max(args.perplexity):g} takes three times as many points, "
                     f"{n} are too few: name a smaller one, or more --points")
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
-    runs = {"ae": args.ae, "vae": args.vae}
-    for name, path in runs.items():
-        if path or not args.fast:  # a smoke test takes no full run that happens to be there
-            runs[name] = common.find_run(name, args.data, path, latent_dim=2)
+    runs = {script: find_encoder(script, args) for script in (ae, vae)}
 
     with common.Run(args, data) as run:
-        maps = []  # (name, points (N, 2), numbers)
-        for script in (ae, vae):
-            name = script.__name__
-            folder = Path(runs[name] or train(name, args, run.folder))
-            maps.append((name, *map_encoder(script, folder, x)))
+        maps = [(script.__name__, *map_encoder(script, folder, x))  # name, points (N, 2), numbers
+                for script, folder in runs.items()]
         maps.append(("pca", *map_pca(data.x_train, x)))
         tsne = [("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
         maps += tsne

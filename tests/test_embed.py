@@ -25,15 +25,19 @@ def digits():
 
 @pytest.fixture(scope="module")
 def fast_run(tmp_path_factory):
-    """(metrics, folder) of one --fast run, which trains the two encoders."""
+    """(metrics, folder) of a --fast run in folder/maps; its encoders end up in folder/ae, /vae."""
     folder = tmp_path_factory.mktemp("fast")
     with pytest.MonkeyPatch.context() as m:  # their own tests draw them
+        m.chdir(folder)
         m.setattr(ae, "draw_latent", lambda *args, **numbers: {})
         for name in ("draw_kernels", "draw_activations", "draw_reconstructions"):
             m.setattr(ae, name, lambda *args: None)
         for name in ("draw_traversals", "draw_kl", "draw_plane"):
             m.setattr(vae, name, lambda *args: None)
-        return embed.main([*FAST, "--out-dir", str(folder)]), folder
+        metrics = embed.main([*FAST, "--out-dir", "maps"])
+        for name in ("ae", "vae"):
+            Path(metrics["methods"][name]["run"]).rename(name)
+    return metrics, folder
 
 
 @pytest.fixture
@@ -191,7 +195,7 @@ def test_images_lie_where_they_belong(digits, monkeypatch, tmp_path):
 
 def test_fast_run(fast_run):
     """A measure that is missing, a figure that is not drawn, methods mixed up."""
-    metrics, folder = fast_run
+    metrics, folder = fast_run[0], fast_run[1] / "maps"
     assert metrics == json.loads((folder / "metrics.json").read_text())
     assert metrics["points"] == 300 and metrics["fast"] is True and metrics["data"] == "digits"
     methods = metrics["methods"]
@@ -228,8 +232,9 @@ def test_which_run_is_taken(fast_run, no_figures, monkeypatch):
     trained = []
     monkeypatch.setattr(embed, "map_tsne", lambda x, *rest: (embed.pixels(x)[:, 300:302], {
         "seconds": 0.0, "perplexity": 30}))
-    monkeypatch.setattr(embed, "train", lambda name, *rest: trained.append(name) or str(
-        fast_run[1] / name))
+    for script in (ae, vae):
+        monkeypatch.setattr(script, "main", lambda argv, name=script.__name__: trained.append(
+            name) or {"folder": str(fast_run[1] / name)})
 
     def taken(*flags):
         trained.clear()
@@ -248,19 +253,19 @@ def test_which_run_is_taken(fast_run, no_figures, monkeypatch):
 def test_training_hands_its_flags_on(monkeypatch):
     """An encoder of other data, another seed or device; more parameters than were allowed."""
     for script, model in ((ae, ae.Autoencoder), (vae, vae.VAE)):
-        calls, name = [], script.__name__
+        calls = []
         monkeypatch.setattr(script, "main", lambda argv, calls=calls: calls.append(argv) or {
             "folder": "there"})
         args = embed.parse_args(["--data", "digits", "--data-dir", "a b", "--seed", "7"])
-        assert embed.train(name, args, Path("here")) == "there"
+        assert embed.find_encoder(script, args) == "there"
         args.fast = True
-        embed.train(name, args, Path("here"))
+        embed.find_encoder(script, args)
         full, fast = (script.parse_args(argv) for argv in calls)
         for flags in (full, fast):
             assert (flags.data, flags.data_dir, flags.seed, flags.latent_dim) == (
                 "digits", "a b", 7, 2)
-        assert (full.fast, full.out_dir) == (False, None)  # runs/: the next command finds it there
-        assert fast.fast and Path(fast.out_dir) == Path("here") / name
+        assert full.out_dir is None  # runs/: the next command finds it there
+        assert not full.fast and fast.fast and fast.epochs == 3
         net = model(2, full.hidden, full.filters, full.decoder_filters)
         assert sum(p.numel() for p in net.parameters()) <= 150_000
 
