@@ -20,6 +20,7 @@ import math
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -135,6 +136,18 @@ class VAE(nn.Module):
         mu, logvar = self.encoder(x)
         z = reparameterize(mu, logvar, generator)
         return self.decoder(z), mu, logvar
+
+
+def load_run(folder):
+    """The VAE of a finished run of this script: the best weights of its last fold or --beta."""
+    state = common.load_checkpoint(Path(folder) / "checkpoint.pt", "vae")
+    flags, part = state["config"]["flags"], max(state["best"])
+    if flags["beta"] in (flags["sweep"] or []):
+        part = flags["sweep"].index(flags["beta"])
+    model = VAE(flags["latent_dim"], flags["hidden"], flags["filters"], flags["decoder_filters"],
+                flags["sigma"])
+    model.load_state_dict(state["best"][part]["model"])
+    return model
 
 
 def reparameterize(mu, logvar, generator):
