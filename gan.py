@@ -43,12 +43,6 @@ RECIPES = {
                "schedule": "constant", "ema": 0.0, "batch_size": 128, "epochs": 100,
                "augment": "flip"},
 }
-VARIANTS = {  # --ablate: what is changed, one at a time
-    "ours": {}, "no batch norm": {"batchnorm": False}, "no spectral norm": {"spectral_norm": False},
-    "no EMA": {"ema": 0.0}, "constant rate": {"schedule": "constant"}, "rate 2e-4": {"lr": 2e-4},
-    "beta1 0.9": {"beta1": 0.9}, "flips": {"augment": "flip"},
-    "noise 8": {"noise_dim": 8}, "noise 128": {"noise_dim": 128},
-}
 
 
 def parse_args(argv=None):
@@ -69,22 +63,23 @@ def parse_args(argv=None):
     group.add_argument("--init-std", type=number(float, 0, 1), default=0.0,
                        help="first weights from N(0, this), DCGAN: 0.02; 0: PyTorch's own")
     group = parser.add_argument_group("optimisers")
-    group.add_argument("--beta1", type=number(float, 0, 0.999), default=0.5,
-                       help="Adam's momentum: much of it makes the two networks chase each other")
+    group.add_argument("--beta1", type=number(float, 0, 0.999), default=0.0,
+                       help="Adam's momentum: with it, each network runs after where the other was")
     group.add_argument("--schedule", choices=("linear", "constant"), default="linear",
                        help="linear: both learning rates fall to zero")
     group.add_argument("--ema", type=number(float, 0, 0.99999), default=0.999,
                        help="samples come from a moving average of G's weights; 0: from G itself")
     group = parser.add_argument_group("comparisons")
     group.add_argument("--ablate", action="store_true",
-                       help=f"train {len(VARIANTS)} times: {', '.join(VARIANTS)}")
+                       help="train once for each ingredient left out (--recipe report: put in), "
+                            "and for two other sizes of noise; choose few --epochs")
     group.add_argument("--compare", action="store_true",
                        help="train nothing: judge the generators of finished runs, by default "
                             "the newest in runs/")
     for name in ("ae", "vae", "gan-report", "gan"):
         group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
                            help="for --compare: take this run")
-    common.add_flags(parser, RECIPES, epochs=60, batch_size=64, lr=0.001, augment="none")
+    common.add_flags(parser, RECIPES, epochs=60, batch_size=64, lr=0.004, augment="none")
     args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3})
     if args.folds > 1:
         parser.error("--folds: this script has one split; for a spread, change --seed")
@@ -230,6 +225,33 @@ def make_optimizer(net, args, n):
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
+def fit(args, run, part, x_train, judge, real_val):
+    """Train one GAN as the given part of the run.
+
+    real_val: the judge's features of the validation images. Returns the averaged generator, D and
+    the album (epochs, 10, 1, 28, 28): what the same ten noise vectors gave after each epoch.
+    """
+    common.seed_everything(args.seed)
+    netG, netD = build(args)
+    ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
+    g_optimizer, g_schedule = make_optimizer(netG, args, len(x_train))
+    d_optimizer, d_schedule = make_optimizer(netD, args, len(x_train))
+    album = nn.Module()  # a module, so that checkpoints hold its images
+    album.register_buffer("x", torch.zeros(args.epochs, 10, 1, 28, 28))
+    for epoch, generator in run.epochs(
+            part, (args.seed,), model=ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
+            d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule, album=album):
+        clock = time.perf_counter()
+        row = train_epoch(netG, netD, ema, x_train, g_optimizer, d_optimizer,
+                          (g_schedule, d_schedule), args, generator)
+        seconds = time.perf_counter() - clock
+        album.x[epoch - 1] = sample(ema, noise(10, args.noise_dim, 1, args.device))
+        x = sample(ema, noise(len(real_val) // 2, args.noise_dim, 0, args.device))
+        run.end_epoch(**row, val_frechet=frechet_distance(features(judge, x), real_val),
+                      seconds=seconds)
+    return ema, netD, album.x
+
+
 # --------------------------------------------------------------------------- evaluation
 
 
@@ -285,9 +307,9 @@ def judge_images(judge, x, real):
     """All metrics of images x against the features of real ones (as many of them)."""
     fake = features(judge, x)
     precision, recall = precision_recall(real, fake)
-    classes = judge.out(fake).argmax(1).bincount(minlength=10) / len(x)
+    classes = torch.cat([judge(batch).argmax(1) for batch in x.split(100)])
     return {"frechet": frechet_distance(real, fake), "precision": precision, "recall": recall,
-            "class_coverage": classes.tolist()}
+            "class_coverage": (classes.bincount(minlength=10) / len(x)).tolist()}
 
 
 def nearest(x, x_train):
@@ -354,21 +376,50 @@ def draw_samples(folder, netG, args, data, album, x_train):
                        title=f"{data.name}: from one noise vector to another, six times")
 
 
-def draw_ablation(run, names, data_name):
-    """A table, and the Frechet distance of each variant over the epochs; returns the last rows."""
-    rows = {name: [r for r in run.history if r["fold"] == part] for part, name in enumerate(names)}
-    common.plot_curves(run.folder, "ablation", [
-        {"epoch": epoch[0]["epoch"], **{name: r["val_frechet"]
-                                        for name, r in zip(names, epoch, strict=True)}}
-        for epoch in zip(*rows.values(), strict=True)],
-        {"Frechet distance to validation images": names}, f"{data_name}: one change at a time")
-    for name, r in rows.items():
-        print(f"{name:18} Frechet {r[-1]['val_frechet']:6.1f}  D {r[-1]['d_loss']:.3f}  "
-              f"G {r[-1]['g_loss']:.3f}")
-    return {name: r[-1] for name, r in rows.items()}
+# --------------------------------------------------------------------------- comparisons
+
+VARIANTS = {  # one change at a time
+    "best": {
+        "ours": {}, "no batch norm": {"batchnorm": False},
+        "no spectral norm": {"spectral_norm": False}, "no EMA": {"ema": 0.0},
+        "rate 2e-4": {"lr": 2e-4}, "constant rate": {"schedule": "constant"},
+        "beta1 0.5": {"beta1": 0.5}, "flips": {"augment": "flip"},
+        "noise 8": {"noise_dim": 8}, "noise 128": {"noise_dim": 128}},
+    "report": {
+        "report": {}, "+ batch norm": {"batchnorm": True},
+        "+ spectral norm": {"spectral_norm": True}, "+ EMA": {"ema": 0.999},
+        "+ rate 2e-3": {"lr": 2e-3}, "+ beta1 0": {"beta1": 0.0},
+        "+ weights of PyTorch": {"init_std": 0.0}, "noise 8": {"noise_dim": 8},
+        "noise 128": {"noise_dim": 128}},
+}
 
 
-# --------------------------------------------------------------------------- comparison
+def ablate(args, data):
+    """Train each variant of the recipe, all equally long; returns the metrics.
+
+    On validation data: which ingredient to take is a choice.
+    """
+    variants = VARIANTS[args.recipe]
+    with common.Run(args, data, select="val_frechet") as run:
+        judge = finetune.load_judge(args)
+        train, val = common.splits(data.y_train, 1, args.seed)[0]
+        real_val = features(judge, data.x_train[val])
+        for part, (name, change) in enumerate(variants.items()):
+            print(f"{name}:")
+            flags = argparse.Namespace(**vars(args) | change)
+            fit(flags, run, part, data.x_train[train], judge, real_val)
+
+        epochs = [[r for r in run.history if r["epoch"] == e + 1] for e in range(args.epochs)]
+        ablation = dict(zip(variants, epochs[-1], strict=True))
+        for name, row in ablation.items():
+            print(f"{name:17} Frechet {row['val_frechet']:6.1f}   D {row['d_loss']:.3f}   "
+                  f"G {row['g_loss']:.3f}")
+        curves = [{"epoch": rows[0]["epoch"], **{name: row["val_frechet"] for name, row in zip(
+            variants, rows, strict=True)}} for rows in epochs]
+        common.plot_curves(run.folder, "ablation", curves,
+                           {"Frechet distance to validation images": variants},
+                           f"{data.name}: one change at a time")
+        return run.finish({"ablation": ablation})
 
 
 def samplers(args, data):
@@ -417,24 +468,25 @@ def samplers(args, data):
         "training images": lambda seed: shuffled(x_train, seed)[:n]}
 
 
-def compare(args, data, folder):
-    """Judge each generator on three sets of samples; returns {name: metrics, mean and spread}."""
-    rows, results = {}, {}
-    draws, judge = samplers(args, data), finetune.load_judge(args)
-    real = features(judge, data.x_test)
-    for name, draw in draws.items():
-        sets = [draw(seed) for seed in range(3)]
-        each = [judge_images(judge, x, real) for x in sets]
-        result = {"class_coverage": each[0]["class_coverage"]}
-        for key in ("frechet", "precision", "recall"):
-            values = [r[key] for r in each]
-            result |= {key: statistics.mean(values), f"{key}_std": statistics.stdev(values)}
-        print(f"{name:21} Frechet {result['frechet']:6.1f} +- {result['frechet_std']:.1f}   "
-              f"precision {result['precision']:.2f}   recall {result['recall']:.2f}", flush=True)
-        results[name] = result
-        rows[f"{name}\nFrechet {result['frechet']:.0f}"] = sets[0][:14]
-    draw_rows(folder, "generators", rows, 14, f"{data.name}: which model is the best generator?")
-    return results
+def compare(args, data):
+    """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
+    with common.Run(args, data, select="val_frechet") as run:
+        rows, results = {}, {}
+        draws, judge = samplers(args, data), finetune.load_judge(args)
+        real = features(judge, data.x_test)
+        for name, draw in draws.items():
+            each = [judge_images(judge, draw(seed), real) for seed in range(3)]
+            result = {"class_coverage": each[0]["class_coverage"]}
+            for key in ("frechet", "precision", "recall"):
+                values = [r[key] for r in each]
+                result |= {key: statistics.mean(values), f"{key}_std": statistics.stdev(values)}
+            print(f"{name:21}", *(f"{key} {result[key]:7.2f} +- {result[f'{key}_std']:.2f}  "
+                                  for key in ("frechet", "precision", "recall")), flush=True)
+            results[name] = result
+            rows[f"{name}\nFrechet {result['frechet']:.1f}"] = draw(0)[:14]
+        draw_rows(run.folder, "generators", rows, 14,
+                  f"{data.name}: which model is the best generator?")
+        return run.finish({"epochs": 0, "generators": results})
 
 
 # --------------------------------------------------------------------------- main
@@ -444,56 +496,29 @@ def main(argv=None):
     """Train, test once, draw; returns the metrics as a dict."""
     args = parse_args(argv)
     data = common.load_data(args)
+    if args.compare:
+        return compare(args, data)
+    if args.ablate:
+        return ablate(args, data)
     with common.Run(args, data, select="val_frechet") as run:
-        if args.compare:
-            return run.finish({"epochs": 0, "generators": compare(args, data, run.folder)})
+        judge = finetune.load_judge(args)
         train, val = common.splits(data.y_train, 1, args.seed)[0]
         x_train, x_val = data.x_train[train], data.x_train[val]
-        judge = finetune.load_judge(args)
         real_val = features(judge, x_val)
-        floor = frechet_distance(features(judge, x_train[:len(x_val)]), real_val)
-        variants = VARIANTS if args.ablate else {"": {}}
-
-        for part, (name, change) in enumerate(variants.items()):
-            flags = argparse.Namespace(**{**vars(args), **change})
-            common.seed_everything(args.seed)
-            netG, netD = build(flags)
-            ema = copy.deepcopy(netG)  # this is what samples come from
-            g_optimizer, g_schedule = make_optimizer(netG, flags, len(x_train))
-            d_optimizer, d_schedule = make_optimizer(netD, flags, len(x_train))
-            album = nn.Module()  # the same ten noise vectors after each epoch
-            album.register_buffer("x", torch.zeros(args.epochs, 10, 1, 28, 28))
-            if name:
-                print(name)
-            for epoch, generator in run.epochs(
-                    part, (args.seed,), model=ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
-                    d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule,
-                    album=album):
-                clock = time.perf_counter()
-                row = train_epoch(netG, netD, ema, x_train, g_optimizer, d_optimizer,
-                                  (g_schedule, d_schedule), flags, generator)
-                seconds = time.perf_counter() - clock
-                album.x[epoch - 1] = sample(ema, noise(10, flags.noise_dim, 1, args.device))
-                x = sample(ema, noise(len(x_val) // 2, flags.noise_dim, 0, args.device))
-                run.end_epoch(**row, seconds=seconds,
-                              val_frechet=frechet_distance(features(judge, x), real_val))
-
-        if args.ablate:
-            return run.finish({"ablation": draw_ablation(run, variants, data.name)})
+        netG, netD, album = fit(args, run, 0, x_train, judge, real_val)
 
         # the one look at the test set, with the weights of the best validation epoch
-        ema.load_state_dict(run.best[0]["model"])
-        n = len(data.x_test)
-        real = features(judge, data.x_test)
-        x = sample(ema, noise(n, args.noise_dim, 3, args.device))
-        real_train = judge_images(judge, x_train[:n], real)
-        metrics = {**judge_images(judge, x, real),
-                   **{f"{k}_floor": v for k, v in real_train.items() if k != "class_coverage"}}
-        # a generator that copies would be closer to the training images than test images are
+        netG.load_state_dict(run.best[0]["model"])
+        n, real = len(data.x_test), features(judge, data.x_test)
+        x = sample(netG, noise(n, args.noise_dim, 3, args.device))
+        floor = judge_images(judge, x_train[:n], real)
+        metrics = {**judge_images(judge, x, real), **{f"{k}_floor": v for k, v in floor.items()}}
+        # a generator that copies would come closer to the training images than test images do
         for key, images in (("nearest", x[:1000]), ("nearest_floor", data.x_test[:1000])):
             metrics[key] = nearest(images, x_train)[1].median().item()
-        draw_curves(run.folder, run.history, floor, data.name)
-        draw_samples(run.folder, ema, args, data, album.x, x_train)
+        floor_val = frechet_distance(features(judge, x_train[:len(x_val)]), real_val)
+        draw_curves(run.folder, run.history, floor_val, data.name)
+        draw_samples(run.folder, netG, args, data, album, x_train)
 
         last = run.history[-1]
         metrics |= {k: last[k] for k in ("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake")}
