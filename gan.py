@@ -79,12 +79,15 @@ def parse_args(argv=None):
     for name in ("ae", "vae", "gan-report", "gan"):
         group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
                            help="for --compare: take this run")
-    common.add_flags(parser, RECIPES, epochs=60, batch_size=64, lr=0.004, augment="none")
-    args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3})
+    common.add_flags(parser, RECIPES, epochs=60, batch_size=64, lr=0.006, augment="none")
+    # --fast has few steps: an average over a thousand would still show the first weights
+    args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3, "ema": 0.9})
     if args.folds > 1:
         parser.error("--folds: this script has one split; for a spread, change --seed")
     if args.ablate and args.compare:
         parser.error("--ablate and --compare: choose one")
+    if not args.compare and (args.ae or args.vae or args.gan or args.gan_report):
+        parser.error("--ae, --vae, --gan and --gan-report belong to --compare")
     return args
 
 
@@ -134,13 +137,12 @@ def build(args):
     netG = Generator(args.noise_dim, args.filters, args.batchnorm)
     netD = Discriminator(args.d_filters)
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    layers = {net: [m for m in net.modules() if isinstance(m, kinds)] for net in (netG, netD)}
-    if args.init_std:
-        for layer in layers[netG] + layers[netD]:
-            nn.init.normal_(layer.weight, 0, args.init_std)
-    if args.spectral_norm:
-        for layer in layers[netD]:
-            spectral_norm(layer)  # divides the weight by its largest singular value
+    for net in (netG, netD):
+        for layer in [m for m in net.modules() if isinstance(m, kinds)]:
+            if args.init_std:
+                nn.init.normal_(layer.weight, 0, args.init_std)
+            if args.spectral_norm and net is netD:
+                spectral_norm(layer)  # divides the weight by its largest singular value
     return netG.to(args.device), netD.to(args.device)
 
 
@@ -409,24 +411,28 @@ def ablate(args, data):
             flags = argparse.Namespace(**vars(args) | change)
             fit(flags, run, part, data.x_train[train], judge, real_val)
 
-        epochs = [[r for r in run.history if r["epoch"] == e + 1] for e in range(args.epochs)]
-        ablation = dict(zip(variants, epochs[-1], strict=True))
+        ends = [r for r in run.history if r["epoch"] == args.epochs]  # one for each variant
+        ablation = dict(zip(variants, ends, strict=True))
         for name, row in ablation.items():
-            print(f"{name:17} Frechet {row['val_frechet']:6.1f}   D {row['d_loss']:.3f}   "
+            print(f"{name:21} Frechet {row['val_frechet']:6.1f}   D {row['d_loss']:.3f}   "
                   f"G {row['g_loss']:.3f}")
-        curves = [{"epoch": rows[0]["epoch"], **{name: row["val_frechet"] for name, row in zip(
-            variants, rows, strict=True)}} for rows in epochs]
-        common.plot_curves(run.folder, "ablation", curves,
-                           {"Frechet distance to validation images": variants},
-                           f"{data.name}: one change at a time")
+        draw_ablation(run.folder, ablation, f"{data.name}, {args.epochs} epochs each")
         return run.finish({"ablation": ablation})
 
 
-def samplers(args, data):
-    """{name: function of a seed -> n images}, from four finished runs; n: the size of the test set.
+def draw_ablation(folder, ablation, title):
+    """The Frechet distance of each variant at its end; the losses of all would look alike."""
+    fig = Figure(figsize=(7, 0.35 * len(ablation) + 1), layout="constrained")
+    ax = fig.subplots()
+    bars = ax.barh(list(ablation), [row["val_frechet"] for row in ablation.values()])
+    ax.bar_label(bars, fmt="%.1f", padding=3)
+    ax.invert_yaxis()
+    ax.set(xlabel="Frechet distance to validation images", title=title)
+    fig.savefig(folder / "ablation.png", dpi=120)
 
-    An autoencoder has no noise to start from: its codes get a density, one Gaussian or fifty.
-    """
+
+def find_runs(args):
+    """{flag: folder} of the four runs that --compare needs; exit 2 where one is missing."""
     folders, wanted = {}, {
         "ae": ({"latent_dim": 38}, "python ae.py"), "vae": ({"latent_dim": 18}, "python vae.py"),
         "gan-report": ({"recipe": "report"}, "python gan.py --recipe report"),
@@ -435,7 +441,16 @@ def samplers(args, data):
         path = getattr(args, name.replace("-", "_"))
         folders[name] = common.find_run(name.partition("-")[0], args.data, path, **metrics)
         if not folders[name]:
-            common.fail(f"--compare needs a run for --{name}, and runs/ has none: {command}")
+            common.fail(f"--compare needs a run for --{name}, and runs/ has none. This makes one: "
+                        f"{command} --data {args.data}")
+    return folders
+
+
+def samplers(folders, args, data):
+    """{name: function of a seed -> n images}, from four finished runs; n: the size of the test set.
+
+    An autoencoder has no noise to start from: its codes get a density, one Gaussian or fifty.
+    """
     netA, netV = (script.load_run(folders[script.__name__]).to(args.device) for script in (ae, vae))
     n, x_train = len(data.x_test), data.x_train
 
@@ -470,9 +485,10 @@ def samplers(args, data):
 
 def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
+    folders = find_runs(args)
     with common.Run(args, data, select="val_frechet") as run:
         rows, results = {}, {}
-        draws, judge = samplers(args, data), finetune.load_judge(args)
+        draws, judge = samplers(folders, args, data), finetune.load_judge(args)
         real = features(judge, data.x_test)
         for name, draw in draws.items():
             each = [judge_images(judge, draw(seed), real) for seed in range(3)]
