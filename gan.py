@@ -5,10 +5,13 @@ Section 3 of the report: a GAN, what its losses can tell, and which model is the
     python gan.py                       our best small GAN
     python gan.py --recipe report       the report's networks and settings: 100 epochs
     python gan.py --ablate --epochs 6   each ingredient left out in turn, and other noise sizes
+    python gan.py --ablate --epochs 6 --recipe report   each put into the report's recipe
     python gan.py --compare             AE, VAE and both GANs side by side as generators
     python gan.py --fast                smoke test in seconds
 
-RECEIPT
+The judge of the samples is the newest CNN of finetune.py in runs/; without one, a brief training
+makes one. Its Frechet distances compare with no other judge's. Each run writes to a new folder in
+runs/.
 """
 
 import argparse

@@ -299,6 +299,17 @@ def test_fast_run(fast_run, judge, digits):
     assert (metrics["val_frechet"], metrics["best_epoch"]) == (best["val_frechet"], best["epoch"])
 
 
+def test_final_numbers_are_of_the_best_epoch(no_figures, monkeypatch):
+    """The last weights, where an earlier epoch was better on the validation images."""
+    distances, judged = iter([2.0, 1.0, 3.0, 0.0]), []
+    monkeypatch.setattr(gan, "frechet_distance", lambda a, b: next(distances))
+    monkeypatch.setattr(gan, "judge_images", lambda judge, x, real: judged.append(x) or {})
+    metrics = gan.main([*FAST, "--out-dir", "best"])
+    assert metrics["best_epoch"] == 2
+    x = gan.sample(gan.load_run("best"), gan.noise(300, 32, 3))
+    assert any(torch.equal(x, other) for other in judged)
+
+
 def test_same_seed_same_numbers_and_resume(fast_run, no_figures, monkeypatch, fails):
     """A draw without a seed; a resumed run without an optimiser, the EMA or its draws."""
     metrics, folder = fast_run
@@ -359,7 +370,7 @@ def test_ablate(fast_run, monkeypatch, fails):
 
 
 def test_compare(fast_run, monkeypatch, fails, capsys):
-    """The generators' runs swapped, a missing run that is skipped, samples sorted by component."""
+    """One generator's run in the place of another's, or a missing run that is skipped."""
     for module, out in ((ae, "ae"), (vae, "vae")):
         for name in dir(module):
             if name.startswith("draw_"):
