@@ -390,6 +390,8 @@ def test_compare(fast_run, monkeypatch, fails, capsys):
     rows = result["generators"]
     assert len(rows) == 9 and os.path.exists("board/generators.png")
     assert all(row["frechet_std"] > 0 for row in rows.values())
+    for name in ("AE, Gaussian", "VAE, 50 Gaussians"):  # not one set of codes, three times
+        assert rows[name]["frechet_std"] > 1e-4 * rows[name]["frechet"]
     assert len({row["frechet"] for row in rows.values()}) == 9
     assert min(rows, key=lambda name: rows[name]["frechet"]) == "training images"
     assert "GAN, ours" in capsys.readouterr().out
