@@ -1,0 +1,552 @@
+"""Why do the losses of a GAN say nothing about its samples, and what makes a small GAN good?
+
+Section 3 of the report: a GAN, what its losses can tell, and which model is the best generator.
+
+    python gan.py                       our best small GAN
+    python gan.py --recipe report       the report's networks and settings: 100 epochs
+    python gan.py --ablate --epochs 6   each ingredient left out in turn, and other noise sizes
+    python gan.py --ablate --epochs 6 --recipe report   each put into the report's recipe
+    python gan.py --compare             AE, VAE and both GANs side by side as generators
+    python gan.py --fast                smoke test in seconds
+
+The judge of the samples is the newest CNN of finetune.py in runs/; without one, a brief training
+makes one. Its Frechet distances compare with no other judge's. Each run writes to a new folder in
+runs/.
+"""
+
+import argparse
+import copy
+import math
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.mixture import GaussianMixture
+from torch.nn.utils import get_total_norm
+from torch.nn.utils.parametrizations import spectral_norm
+
+import ae
+import common
+import finetune
+import vae
+
+# --------------------------------------------------------------------------- flags
+
+RECIPES = {
+    "best": {},
+    # the report gives noise, rate, beta1, weights and epochs. The rest is a guess: widths, and
+    # the batch of the DCGAN paper
+    "report": {"filters": [64, 32, 16], "d_filters": [16, 32], "batchnorm": False,
+               "spectral_norm": False, "init_std": 0.02, "lr": 0.0002, "beta1": 0.5,
+               "schedule": "constant", "ema": 0.0, "batch_size": 128, "epochs": 100,
+               "augment": "flip"},
+}
+
+
+def parse_args(argv=None):
+    number = common.number
+    parser = common.Parser(description=__doc__.partition("\n")[0])
+    group = parser.add_argument_group("model")
+    group.add_argument("--noise-dim", type=number(int, 1, 784), default=32,
+                       help="size D of the noise z that an image is made from")
+    group.add_argument("--filters", type=number(int, 1, 512), nargs=3, default=[128, 64, 32],
+                       help="maps that enter the generator's three transposed convolutions")
+    group.add_argument("--d-filters", type=number(int, 1, 512), nargs=2, default=[32, 64],
+                       help="maps of the discriminator's two convolutions")
+    group.add_argument("--batchnorm", action=argparse.BooleanOptionalAction, default=True,
+                       help="normalise the generator's maps over the batch")
+    group.add_argument("--spectral-norm", action=argparse.BooleanOptionalAction, default=True,
+                       help="no layer of the discriminator may stretch its input: its slope, and "
+                            "so the generator's gradient, stays bounded")
+    group.add_argument("--init-std", type=number(float, 0, 1), default=0.0,
+                       help="first weights from N(0, this), DCGAN: 0.02; 0: PyTorch's own")
+    group = parser.add_argument_group("optimisers")
+    group.add_argument("--beta1", type=number(float, 0, 0.999), default=0.0,
+                       help="Adam's momentum: with it, each network runs after where the other was")
+    group.add_argument("--schedule", choices=("linear", "constant"), default="linear",
+                       help="linear: both learning rates fall to zero")
+    group.add_argument("--ema", type=number(float, 0, 0.99999), default=0.999,
+                       help="samples come from a moving average of G's weights; 0: from G itself")
+    group = parser.add_argument_group("comparisons")
+    group.add_argument("--ablate", action="store_true",
+                       help="train once for each ingredient left out (--recipe report: put in), "
+                            "and for two other sizes of noise; choose few --epochs")
+    group.add_argument("--compare", action="store_true",
+                       help="train nothing: judge the generators of finished runs, by default "
+                            "the newest in runs/")
+    for name in ("ae", "vae", "gan-report", "gan"):
+        group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
+                           help="for --compare: take this run")
+    common.add_flags(parser, RECIPES, epochs=60, batch_size=64, lr=0.006, augment="none")
+    # --fast has few steps: an average over a thousand would still show the first weights
+    args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3, "ema": 0.9})
+    if args.folds > 1:
+        parser.error("--folds: this script has one split; for a spread, change --seed")
+    if args.ablate and args.compare:
+        parser.error("--ablate and --compare: choose one")
+    if not args.compare and (args.ae or args.vae or args.gan or args.gan_report):
+        parser.error("--ae, --vae, --gan and --gan-report belong to --compare")
+    return args
+
+
+# --------------------------------------------------------------------------- model
+
+
+class Generator(nn.Module):
+    """Noise z (B, D) -> images (B, 1, 28, 28) in (0, 1)."""
+
+    def __init__(self, noise_dim=32, filters=(128, 64, 32), batchnorm=True):
+        super().__init__()
+        f1, f2, f3 = filters
+        norm = nn.BatchNorm2d if batchnorm else nn.Identity
+        self.linear = nn.Sequential(nn.Linear(noise_dim, f1 * 4 * 4), nn.Unflatten(1, (f1, 4, 4)),
+                                    norm(f1), nn.ReLU())
+        self.block1 = nn.Sequential(nn.ConvTranspose2d(f1, f2, 3, stride=2, padding=1), norm(f2),
+                                    nn.ReLU())
+        self.block2 = nn.Sequential(nn.ConvTranspose2d(f2, f3, 4, stride=2, padding=1), norm(f3),
+                                    nn.ReLU())
+        self.out = nn.ConvTranspose2d(f3, 1, 4, stride=2, padding=1)
+
+    def forward(self, z):      # (B, D)
+        x = self.linear(z)     # (B, f1, 4, 4)
+        x = self.block1(x)     # (B, f2, 7, 7)
+        x = self.block2(x)     # (B, f3, 14, 14)
+        return torch.sigmoid(self.out(x))  # (B, 1, 28, 28)
+
+
+class Discriminator(nn.Module):
+    """Images (B, 1, 28, 28) -> logits (B,): above 0 is "real"."""
+
+    def __init__(self, filters=(32, 64)):
+        super().__init__()
+        f1, f2 = filters
+        self.block1 = nn.Sequential(nn.Conv2d(1, f1, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
+        self.block2 = nn.Sequential(nn.Conv2d(f1, f2, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
+        self.linear = nn.Linear(f2 * 7 * 7, 1)
+
+    def forward(self, x):               # (B, 1, 28, 28)
+        x = self.block1(2 * x - 1)      # (B, f1, 14, 14); from [0, 1] to [-1, 1]: black is not 0
+        x = self.block2(x).flatten(1)   # (B, f2 * 49)
+        return self.linear(x).squeeze(1)
+
+
+def build(args):
+    """(netG, netD) as the flags say. The last activation, D's sigmoid, is inside the loss."""
+    netG = Generator(args.noise_dim, args.filters, args.batchnorm)
+    netD = Discriminator(args.d_filters)
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    for net in (netG, netD):
+        for layer in [m for m in net.modules() if isinstance(m, kinds)]:
+            if args.init_std:
+                nn.init.normal_(layer.weight, 0, args.init_std)
+            if args.spectral_norm and net is netD:
+                spectral_norm(layer)  # divides the weight by its largest singular value
+    return netG.to(args.device), netD.to(args.device)
+
+
+def load_run(folder):
+    """The generator of a finished run of this script, its best epoch."""
+    state = common.load_checkpoint(Path(folder) / "checkpoint.pt", "gan")
+    flags = state["config"]["flags"]
+    netG = Generator(flags["noise_dim"], flags["filters"], flags["batchnorm"])
+    netG.load_state_dict(state["best"][0]["model"])
+    return netG
+
+
+# --------------------------------------------------------------------------- loss
+
+CHANCE = {"d_loss": 2 * math.log(2), "g_loss": math.log(2)}  # where D answers 1/2 to everything
+
+
+def bce(logits, target):
+    """Binary cross entropy of logits (B,) with one target for all: 1 real, 0 fake; the mean."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+# --------------------------------------------------------------------------- training
+
+
+def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, generator):
+    """One pass over x (N, 1, 28, 28). Returns the epoch's means as a dict, weighed by images.
+
+    d_loss, g_loss; d_accuracy_real, d_accuracy_fake: how often D was right, before its step;
+    g_gradient: the norm of G's gradient.
+    """
+    netG.train(), netD.train()
+    totals = {}
+    for step, idx in enumerate(common.batches(len(x), args.batch_size, generator, x.device)):
+        real = common.augment(x[idx], args.augment, generator)
+        z = torch.randn(len(idx), args.noise_dim, generator=generator).to(x.device)
+
+        # step 1, D: "real" for real images, "fake" for G's. detach: this is no step of G
+        fake = netG(z)
+        real_logits, fake_logits = netD(real), netD(fake.detach())
+        d_loss = bce(real_logits, 1.0) + bce(fake_logits, 0.0)
+        d_optimizer.zero_grad()
+        d_loss.backward()
+        d_optimizer.step()
+
+        # step 2, G: make D say "real". inputs: D lets the gradient through and keeps none
+        g_loss = bce(netD(fake), 1.0)
+        g_optimizer.zero_grad()
+        g_loss.backward(inputs=list(netG.parameters()))
+        g_optimizer.step()
+
+        update_average(ema, netG, args.ema)
+        for schedule in schedules:
+            schedule.step()
+
+        for name, value in {
+                "d_loss": common.finite(d_loss, step), "g_loss": common.finite(g_loss, step),
+                "d_accuracy_real": (real_logits > 0).float().mean().item(),
+                "d_accuracy_fake": (fake_logits < 0).float().mean().item(),
+                "g_gradient": get_total_norm(p.grad for p in netG.parameters()).item()}.items():
+            totals[name] = totals.get(name, 0.0) + value * len(idx)
+    return {name: total / len(x) for name, total in totals.items()}
+
+
+@torch.no_grad()
+def update_average(ema, netG, decay):
+    """ema = decay * ema + (1 - decay) * netG, for weights and for BatchNorm's statistics.
+
+    G circles around a good place rather than reach it; the average lies inside.
+    """
+    for average, value in zip(ema.state_dict().values(), netG.state_dict().values(), strict=True):
+        if average.is_floating_point():  # the other one counts batches
+            average.lerp_(value, 1 - decay)
+
+
+def make_optimizer(net, args, n):
+    """Adam and its learning rate schedule, advanced after every step, for n training images."""
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(args.beta1, 0.999), fused=True)
+    if args.schedule == "linear":
+        steps = args.epochs * math.ceil(n / args.batch_size)
+        return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, steps)  # of power 1
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def fit(args, run, part, x_train, judge, real_val):
+    """Train one GAN as the given part of the run.
+
+    real_val: the judge's features of the validation images. Returns the averaged generator, D and
+    the album (epochs, 10, 1, 28, 28): what the same ten noise vectors gave after each epoch.
+    """
+    common.seed_everything(args.seed)
+    netG, netD = build(args)
+    ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
+    g_optimizer, g_schedule = make_optimizer(netG, args, len(x_train))
+    d_optimizer, d_schedule = make_optimizer(netD, args, len(x_train))
+    album = nn.Module()  # a module, so that checkpoints hold its images
+    album.register_buffer("x", torch.zeros(args.epochs, 10, 1, 28, 28))
+    for epoch, generator in run.epochs(
+            part, (args.seed,), model=ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
+            d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule, album=album):
+        clock = time.perf_counter()
+        row = train_epoch(netG, netD, ema, x_train, g_optimizer, d_optimizer,
+                          (g_schedule, d_schedule), args, generator)
+        seconds = time.perf_counter() - clock
+        album.x[epoch - 1] = sample(ema, noise(10, args.noise_dim, 1, args.device))
+        x = sample(ema, noise(len(real_val) // 2, args.noise_dim, 0, args.device))
+        run.end_epoch(**row, val_frechet=frechet_distance(features(judge, x), real_val),
+                      seconds=seconds)
+    return ema, netD, album.x
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def sample(netG, z):
+    """Images (N, 1, 28, 28) from noise z (N, D): each from its own row of z alone."""
+    netG.eval()  # with the statistics of a batch, an image would depend on its neighbours
+    return torch.cat([netG(batch) for batch in z.split(100)])
+
+
+def noise(n, dim, seed, device="cpu"):
+    """z (n, dim), the same for the same seed, without touching the training's draws."""
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+@torch.no_grad()
+def features(judge, x):
+    """What the judge, a classifier, sees in x: its last hidden layer, (N, F)."""
+    return torch.cat([judge.features(batch) for batch in x.split(100)])
+
+
+def frechet_distance(a, b):
+    """Frechet distance between Gaussians fitted to features a (N, F) and b (M, F); 0 is best.
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), with covariances A and B (Heusel et al., arXiv
+    1706.08500). That paper's "FID" is this in the Inception network: with another judge the
+    number is another. It is smaller for larger samples: compare equal sizes only.
+    """
+    a, b = a.cpu().double(), b.cpu().double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # the eigenvalues of A B are real and >= 0, but for rounding
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
+    return distance.item()
+
+
+def precision_recall(real, fake, k=3):
+    """Precision: how much of fake (M, F) looks real; recall: how much of real (N, F) is covered.
+
+    A set covers a point if it lies as close to one of the set's points as that one's k-th
+    neighbour in the set (Kynkaanniemi et al., arXiv 1904.06991).
+    """
+    def covered(points, by):
+        radius = torch.cat([torch.cdist(part, by).kthvalue(k + 1).values  # + 1: itself, at 0
+                            for part in by.split(1000)])  # 1,000 rows at a time: 40 MB of 400
+        return torch.cat([(torch.cdist(part, by) <= radius).any(1)
+                          for part in points.split(1000)]).float().mean().item()
+    return covered(fake, by=real), covered(real, by=fake)
+
+
+@torch.no_grad()
+def judge_images(judge, x, real):
+    """All metrics of images x against the features of real ones (as many of them)."""
+    fake = features(judge, x)
+    precision, recall = precision_recall(real, fake)
+    classes = torch.cat([judge(batch).argmax(1) for batch in x.split(100)])
+    return {"frechet": frechet_distance(real, fake), "precision": precision, "recall": recall,
+            "class_coverage": (classes.bincount(minlength=10) / len(x)).tolist()}
+
+
+def nearest(x, x_train):
+    """For each of x: its nearest training image, and the Euclidean distance to it in pixels."""
+    distance, idx = torch.cdist(x.flatten(1), x_train.flatten(1)).min(1)
+    return x_train[idx], distance
+
+
+# --------------------------------------------------------------------------- figures
+
+
+def draw_curves(folder, rows, floor, data_name):
+    """Figure 24: both losses over the epochs with their chance level, and what they do not show."""
+    panels = {"loss": ("d_loss", "g_loss"), "D's accuracy": ("d_accuracy_real", "d_accuracy_fake"),
+              "Frechet distance to validation images": ("val_frechet",),
+              "norm of G's gradient": ("g_gradient",)}
+    fig = Figure(figsize=(10, 7), layout="constrained")
+    for ax, (ylabel, keys) in zip(fig.subplots(2, 2).flat, panels.items(), strict=True):
+        for color, key in enumerate(keys):
+            ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], label=key, marker=".",
+                    color=f"C{color}")
+            if key in CHANCE:
+                ax.axhline(CHANCE[key], color=f"C{color}", ls="--", label=f"{key} at chance level")
+        if ylabel == "D's accuracy":
+            ax.axhline(0.5, color="gray", ls="--", label="chance level")
+        if keys == ("val_frechet",):
+            ax.axhline(floor, color="gray", ls="--", label="training images")
+            ax.set_yscale("log")
+        ax.set(xlabel="epoch", ylabel=ylabel)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    fig.suptitle(f"{data_name}: the losses of a GAN, and what its samples are worth")
+    fig.savefig(folder / "fig24_loss.png", dpi=120)
+
+
+def draw_rows(folder, name, rows, columns, title):
+    """Write folder/name.png: rows {label: images}, one above the other."""
+    heights = [math.ceil(len(x) / columns) for x in rows.values()]
+    fig = Figure(figsize=(0.6 * columns + 2.2, 0.62 * sum(heights) + 0.7), layout="constrained")
+    axes = fig.subplots(len(rows), height_ratios=heights, squeeze=False)[:, 0]
+    for ax, (label, x) in zip(axes, rows.items(), strict=True):
+        common.show_images(ax, x, columns)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center")
+    fig.suptitle(title)
+    fig.savefig(folder / f"{name}.png", dpi=120)
+
+
+def draw_samples(folder, netG, args, data, album, x_train):
+    """Figure 25, the nearest training images, one noise over the epochs, a walk between two."""
+    x = sample(netG, noise(56, args.noise_dim, 1, args.device))
+    draw_rows(folder, "fig25_samples", {"test images": data.x_test[:56], "generated": x}, 14,
+              f"{data.name}: real and generated images")
+    rows = {"generated": x[:14], "nearest in\ntraining set": nearest(x[:14], x_train)[0]}
+    draw_rows(folder, "nearest", rows, 14, f"{data.name}: does the generator copy?")
+    shown = np.unique(np.geomspace(1, len(album), 8).round().astype(int))
+    draw_rows(folder, "epochs", {f"epoch {e}": album[e - 1] for e in shown}, album.shape[1],
+              f"{data.name}: the same noise vectors over the epochs")
+    z = noise(12, args.noise_dim, 2, args.device)
+    angle = torch.linspace(0, math.pi / 2, 12, device=z.device)[:, None]
+    # along a circle: halfway on a straight line, z would be shorter than any that G has seen
+    walks = [angle.cos() * a + angle.sin() * b for a, b in zip(z[:6], z[6:], strict=True)]
+    common.draw_images(folder, "interpolation", sample(netG, torch.cat(walks)), columns=12,
+                       title=f"{data.name}: from one noise vector to another, six times")
+
+
+# --------------------------------------------------------------------------- comparisons
+
+VARIANTS = {  # one change at a time
+    "best": {
+        "ours": {}, "no batch norm": {"batchnorm": False},
+        "no spectral norm": {"spectral_norm": False}, "no EMA": {"ema": 0.0},
+        "rate 2e-4": {"lr": 2e-4}, "constant rate": {"schedule": "constant"},
+        "beta1 0.5": {"beta1": 0.5}, "flips": {"augment": "flip"},
+        "noise 8": {"noise_dim": 8}, "noise 128": {"noise_dim": 128}},
+    "report": {
+        "report": {}, "+ batch norm": {"batchnorm": True},
+        "+ spectral norm": {"spectral_norm": True}, "+ EMA": {"ema": 0.999},
+        "+ rate 2e-3": {"lr": 2e-3}, "+ beta1 0": {"beta1": 0.0},
+        "+ weights of PyTorch": {"init_std": 0.0}, "noise 8": {"noise_dim": 8},
+        "noise 128": {"noise_dim": 128}},
+}
+
+
+def ablate(args, data):
+    """Train each variant of the recipe, all equally long; returns the metrics.
+
+    On validation data: which ingredient to take is a choice.
+    """
+    variants = VARIANTS[args.recipe]
+    with common.Run(args, data, select="val_frechet") as run:
+        judge = finetune.load_judge(args)
+        train, val = common.splits(data.y_train, 1, args.seed)[0]
+        real_val = features(judge, data.x_train[val])
+        for part, (name, change) in enumerate(variants.items()):
+            print(f"{name}:")
+            flags = argparse.Namespace(**vars(args) | change)
+            fit(flags, run, part, data.x_train[train], judge, real_val)
+
+        ends = [r for r in run.history if r["epoch"] == args.epochs]  # one for each variant
+        ablation = dict(zip(variants, ends, strict=True))
+        for name, row in ablation.items():
+            print(f"{name:21} Frechet {row['val_frechet']:6.1f}   D {row['d_loss']:.3f}   "
+                  f"G {row['g_loss']:.3f}")
+        draw_ablation(run.folder, ablation, f"{data.name}, {args.epochs} epochs each")
+        return run.finish({"ablation": ablation})
+
+
+def draw_ablation(folder, ablation, title):
+    """The Frechet distance of each variant at its end; the losses of all would look alike."""
+    fig = Figure(figsize=(7, 0.35 * len(ablation) + 1), layout="constrained")
+    ax = fig.subplots()
+    bars = ax.barh(list(ablation), [row["val_frechet"] for row in ablation.values()])
+    ax.bar_label(bars, fmt="%.3g", padding=3)
+    ax.margins(x=0.1)
+    ax.invert_yaxis()
+    ax.set(xlabel="Frechet distance to validation images", title=title)
+    fig.savefig(folder / "ablation.png", dpi=120)
+
+
+def find_runs(args):
+    """{flag: folder} of the four runs that --compare needs; exit 2 where one is missing."""
+    folders, wanted = {}, {
+        "ae": ({"latent_dim": 38}, "python ae.py"), "vae": ({"latent_dim": 18}, "python vae.py"),
+        "gan-report": ({"recipe": "report"}, "python gan.py --recipe report"),
+        "gan": ({"recipe": "best"}, "python gan.py")}
+    for name, (metrics, command) in wanted.items():
+        path = getattr(args, name.replace("-", "_"))
+        folders[name] = common.find_run(name.partition("-")[0], args.data, path, **metrics)
+        if not folders[name]:
+            common.fail(f"--compare needs a run for --{name}, and runs/ has none. This makes one: "
+                        f"{command} --data {args.data}")
+    return folders
+
+
+def samplers(folders, args, data):
+    """{name: function of a seed -> n images}, from four finished runs; n: the size of the test set.
+
+    An autoencoder has no noise to start from: its codes get a density, one Gaussian or fifty.
+    """
+    netA, netV = (script.load_run(folders[script.__name__]).to(args.device) for script in (ae, vae))
+    n, x_train = len(data.x_test), data.x_train
+
+    def mixture(net, codes, components):
+        density = GaussianMixture(components, random_state=args.seed).fit(codes.cpu().double())
+
+        def draw(seed):
+            density.random_state = seed
+            z = torch.tensor(density.sample(n)[0]).float()
+            return vae.decode(net, shuffled(z, seed).to(args.device))  # sample() sorts them
+        return draw
+
+    def gan(folder):
+        netG = load_run(folder).to(args.device)
+        dim = netG.linear[0].in_features
+        return lambda seed: sample(netG, noise(n, dim, seed, args.device))
+
+    def shuffled(x, seed):
+        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
+
+    print("fitting Gaussians to the codes of AE and VAE", flush=True)
+    z_ae, z_vae = ae.encode(netA, x_train), vae.encode(netV, x_train)[0]
+    return {
+        "AE, Gaussian": mixture(netA, z_ae, 1), "AE, 50 Gaussians": mixture(netA, z_ae, 50),
+        "VAE, prior": lambda seed: vae.decode(netV, noise(n, z_vae.shape[1], seed, args.device)),
+        "VAE, 50 Gaussians": mixture(netV, z_vae, 50),
+        "GAN, report": gan(folders["gan-report"]), "GAN, ours": gan(folders["gan"]),
+        "AE, reconstructions": lambda seed: ae.reconstruct(netA, shuffled(x_train, seed)[:n]),
+        "VAE, reconstructions": lambda seed: vae.reconstruct(netV, shuffled(x_train, seed)[:n]),
+        "training images": lambda seed: shuffled(x_train, seed)[:n]}
+
+
+def compare(args, data):
+    """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
+    folders = find_runs(args)
+    with common.Run(args, data, select="val_frechet") as run:
+        rows, results = {}, {}
+        draws, judge = samplers(folders, args, data), finetune.load_judge(args)
+        real = features(judge, data.x_test)
+        for name, draw in draws.items():
+            each = [judge_images(judge, draw(seed), real) for seed in range(3)]
+            result = {"class_coverage": each[0]["class_coverage"]}
+            for key in ("frechet", "precision", "recall"):
+                values = [r[key] for r in each]
+                result |= {key: statistics.mean(values), f"{key}_std": statistics.stdev(values)}
+            print(f"{name:21}", *(f"{key} {result[key]:7.2f} +- {result[f'{key}_std']:.2f}  "
+                                  for key in ("frechet", "precision", "recall")), flush=True)
+            results[name] = result
+            rows[f"{name}\nFrechet {result['frechet']:.1f}"] = draw(0)[:14]
+        draw_rows(run.folder, "generators", rows, 14,
+                  f"{data.name}: which model is the best generator?")
+        return run.finish({"epochs": 0, "generators": results})
+
+
+# --------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    """Train, test once, draw; returns the metrics as a dict."""
+    args = parse_args(argv)
+    data = common.load_data(args)
+    if args.compare:
+        return compare(args, data)
+    if args.ablate:
+        return ablate(args, data)
+    with common.Run(args, data, select="val_frechet") as run:
+        judge = finetune.load_judge(args)
+        train, val = common.splits(data.y_train, 1, args.seed)[0]
+        x_train, x_val = data.x_train[train], data.x_train[val]
+        real_val = features(judge, x_val)
+        netG, netD, album = fit(args, run, 0, x_train, judge, real_val)
+
+        # the one look at the test set, with the weights of the best validation epoch
+        netG.load_state_dict(run.best[0]["model"])
+        n, real = len(data.x_test), features(judge, data.x_test)
+        x = sample(netG, noise(n, args.noise_dim, 3, args.device))
+        floor = judge_images(judge, x_train[:n], real)
+        metrics = {**judge_images(judge, x, real), **{f"{k}_floor": v for k, v in floor.items()}}
+        # a generator that copies would come closer to the training images than test images do
+        for key, images in (("nearest", x[:1000]), ("nearest_floor", data.x_test[:1000])):
+            metrics[key] = nearest(images, x_train)[1].median().item()
+        floor_val = frechet_distance(features(judge, x_train[:len(x_val)]), real_val)
+        draw_curves(run.folder, run.history, floor_val, data.name)
+        draw_samples(run.folder, netG, args, data, album, x_train)
+
+        last = run.history[-1]
+        metrics |= {k: last[k] for k in ("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake")}
+        metrics |= {"val_frechet": run.best[0]["val_frechet"], "best_epoch": run.best[0]["epoch"],
+                    "noise_dim": args.noise_dim, "recipe": args.recipe,
+                    "parameters": sum(p.numel() for net in (netG, netD) for p in net.parameters())}
+        return run.finish(metrics)
+
+
+if __name__ == "__main__":
+    common.start(main)
