@@ -82,7 +82,7 @@ def parse_args(argv=None):
     for name in ("ae", "vae", "gan-report", "gan"):
         group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
                            help="for --compare: take this run")
-    common.add_flags(parser, RECIPES, epochs=60, batch_size=64, lr=0.006, augment="none")
+    common.add_flags(parser, RECIPES, epochs=20, batch_size=64, lr=0.006, augment="none")
     # --fast has few steps: an average over a thousand would still show the first weights
     args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3, "ema": 0.9})
     if args.folds > 1:
