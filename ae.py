@@ -170,7 +170,7 @@ def load_run(folder):
     flags = state["config"]["flags"]
     model = Autoencoder(flags["latent_dim"], flags["hidden"], flags["filters"],
                         flags["decoder_filters"], flags["dropout"], flags["batchnorm"])
-    model.load_state_dict(state["best"][flags["folds"] - 1]["model"])
+    common.restore(model, state["best"][flags["folds"] - 1]["model"], folder)
     return model
 
 
@@ -430,10 +430,11 @@ def tune(args, data):
     """Search until args.tune trials are finished; returns the metrics.
 
     The cost is the validation MSE after a short training plus --price for each latent dimension.
-    The MSE alone falls with every dimension: a search for it ends at the upper bound, as the
-    report's did at 38. MSE over PCA's at the same size would end at the lower one (full trainings:
-    .76 at 38, .63 at 18). With a price it ends where one more dimension no longer saves it. What a
-    dimension is worth no data can tell: it is for whoever uses the code to say.
+    The MSE alone falls with every dimension: a search for it ends at the upper bound, and 38 may
+    well be where the report's was. MSE over PCA's at the same size would end at the lower one
+    (full trainings: .76 at 38, .63 at 18). With a price it ends where one more dimension no longer
+    saves it. What a dimension is worth no data can tell: it is for whoever uses the code to say.
+    Of 20 trials the first ten are the report's values and random points, only then TPE chooses.
     """
     # what counts as finished. Not a running trial: its worker may have been killed. So the last
     # trials of several workers are a race, and who loses it gives up

@@ -390,11 +390,21 @@ def load_checkpoint(path, script):
     return state
 
 
+def restore(part, state_dict, folder):
+    """part.load_state_dict(state_dict), from the run in folder; exit 2 where it does not fit."""
+    try:
+        part.load_state_dict(state_dict)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        fail(f"the checkpoint in {folder} does not fit this model: was the script changed since? "
+             "Start a new run")
+
+
 def find_run(script, data, path=None, runs="runs", **wanted):
     """The folder of a finished run: path, or the newest in runs; None where there is none.
 
-    Only runs of this script, on this data ("fashion", "digits") and with the wanted metrics count,
-    like latent_dim=38, and --fast ones only as a path. A path that does not fit is exit 2.
+    Only runs of this script, on this data ("fashion", "digits") and with the wanted flags or
+    metrics count, like latent_dim=38, and --fast ones only as a path. A path that does not fit is
+    exit 2.
     """
     wanted = {"script": script, "data": data, **wanted}
     found = []
@@ -402,6 +412,7 @@ def find_run(script, data, path=None, runs="runs", **wanted):
         with suppress(OSError, ValueError, KeyError, TypeError):  # unfinished, or no run at all
             file = folder / "metrics.json"
             m = json.loads(file.read_text())
+            m = {**m["flags"], **m}
             if wanted.items() <= m.items() and (path or not m["fast"]):
                 found.append((file.stat().st_mtime, folder))
     if found:
@@ -494,12 +505,8 @@ class Run:
             return  # finished before the interruption
         if self.state and fold == self.state["fold"]:
             first = self.state["epoch"] + 1
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(self.state["parts"][name])
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-                fail(f"the checkpoint in {self.folder} does not fit this model: "
-                     f"was {self.args.script}.py changed since? Start a new run")
+            for name, part in parts.items():
+                restore(part, self.state["parts"].get(name), self.folder)
         for epoch in range(first, self.total + 1):
             self.epoch = epoch
             yield epoch, seed_everything(*seeds, epoch)

@@ -232,8 +232,8 @@ def plan(args, data):
             **more})
         if name == "cnn":
             t.train = "all"
-        if name.startswith("resnet") and t.train != "head" and len(t.idx) % t.batch_size == (
-                1 % t.batch_size):
+        last = len(t.idx) % t.batch_size or t.batch_size  # images in the epoch's last batch
+        if name.startswith("resnet") and t.train != "head" and last == 1:
             common.fail(f"--batch-size {t.batch_size} leaves a batch of one image, and ResNet18's "
                         "last BatchNorm has nothing to average there: take another")
         t.title = more.get("title", name + " from scratch" * t.scratch + {
@@ -353,14 +353,15 @@ def most_confused(matrix, classes, count=3):
 def load_judge(args):
     """The CNN of the newest run that has one, in evaluation mode; trained first if there is none.
 
-    Of several folds the one with the lowest validation loss. args: the caller's, after load_data.
+    Of several folds the one with the lowest validation loss. args: the caller's, after load_data;
+    args.judge names a run, or becomes the one that was taken.
     """
-    folder = common.find_or_train(main, "finetune", args, ["--model", "cnn", "--epochs", "8"],
-                                  has_cnn=True)
+    args.judge = folder = common.find_or_train(
+        main, "finetune", args, ["--model", "cnn", "--epochs", "8"], args.judge, has_cnn=True)
     best = common.load_checkpoint(Path(folder) / "checkpoint.pt", "finetune")["best"]
     part = json.loads((Path(folder) / "metrics.json").read_text())["models"]["cnn"]["part"]
     model = CNN()
-    model.load_state_dict(best[part]["model"])
+    common.restore(model, best[part]["model"], folder)
     return model.to(args.device).eval()
 
 

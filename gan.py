@@ -61,13 +61,15 @@ def parse_args(argv=None):
     group.add_argument("--batchnorm", action=argparse.BooleanOptionalAction, default=True,
                        help="normalise the generator's maps over the batch")
     group.add_argument("--spectral-norm", action=argparse.BooleanOptionalAction, default=True,
-                       help="no layer of the discriminator may stretch its input: its slope, and "
-                            "so the generator's gradient, stays bounded")
+                       help="divide each weight of the discriminator by its largest singular "
+                            "value: its slope, and so the generator's gradient, stays bounded "
+                            "(arXiv 1802.05957)")
     group.add_argument("--init-std", type=number(float, 0, 1), default=0.0,
                        help="first weights from N(0, this), DCGAN: 0.02; 0: PyTorch's own")
     group = parser.add_argument_group("optimisers")
     group.add_argument("--beta1", type=number(float, 0, 0.999), default=0.0,
-                       help="Adam's momentum: with it, each network runs after where the other was")
+                       help="Adam's momentum: with it the two networks overshoot in turn; DCGAN "
+                            "took 0.5")
     group.add_argument("--schedule", choices=("linear", "constant"), default="linear",
                        help="linear: both learning rates fall to zero")
     group.add_argument("--ema", type=number(float, 0, 0.99999), default=0.999,
@@ -82,6 +84,9 @@ def parse_args(argv=None):
     for name in ("ae", "vae", "gan-report", "gan"):
         group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
                            help="for --compare: take this run")
+    group.add_argument("--judge", type=common.folder, metavar="DIR",
+                       help="the run of finetune.py whose CNN judges the samples; None: the newest "
+                            "in runs/, trained first where there is none")
     common.add_flags(parser, RECIPES, epochs=20, batch_size=64, lr=0.006, augment="none")
     # --fast has few steps: an average over a thousand would still show the first weights
     args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3, "ema": 0.9})
@@ -130,7 +135,7 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(f2 * 7 * 7, 1)
 
     def forward(self, x):               # (B, 1, 28, 28)
-        x = self.block1(2 * x - 1)      # (B, f1, 14, 14); from [0, 1] to [-1, 1]: black is not 0
+        x = self.block1(2 * x - 1)      # (B, f1, 14, 14); to [-1, 1]: from 0 no weight learns
         x = self.block2(x).flatten(1)   # (B, f2 * 49)
         return self.linear(x).squeeze(1)
 
@@ -154,7 +159,7 @@ def load_run(folder):
     state = common.load_checkpoint(Path(folder) / "checkpoint.pt", "gan")
     flags = state["config"]["flags"]
     netG = Generator(flags["noise_dim"], flags["filters"], flags["batchnorm"])
-    netG.load_state_dict(state["best"][0]["model"])
+    common.restore(netG, state["best"][0]["model"], folder)
     return netG
 
 
@@ -191,7 +196,7 @@ def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, g
         d_loss.backward()
         d_optimizer.step()
 
-        # step 2, G: make D say "real". inputs: D lets the gradient through and keeps none
+        # step 2, G: make D say "real". inputs: D's own gradient would be thrown away
         g_loss = bce(netD(fake), 1.0)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(netG.parameters()))
@@ -375,7 +380,7 @@ def draw_samples(folder, netG, args, data, album, x_train):
               f"{data.name}: the same noise vectors over the epochs")
     z = noise(12, args.noise_dim, 2, args.device)
     angle = torch.linspace(0, math.pi / 2, 12, device=z.device)[:, None]
-    # along a circle: halfway on a straight line, z would be shorter than any that G has seen
+    # cos * a + sin * b is again N(0, I); halfway on a straight line z would be too short
     walks = [angle.cos() * a + angle.sin() * b for a, b in zip(z[:6], z[6:], strict=True)]
     common.draw_images(folder, "interpolation", sample(netG, torch.cat(walks)), columns=12,
                        title=f"{data.name}: from one noise vector to another, six times")
@@ -389,11 +394,13 @@ VARIANTS = {  # one change at a time
         "no spectral norm": {"spectral_norm": False}, "no EMA": {"ema": 0.0},
         "rate 2e-4": {"lr": 2e-4}, "constant rate": {"schedule": "constant"},
         "beta1 0.5": {"beta1": 0.5}, "flips": {"augment": "flip"},
+        "weights of DCGAN": {"init_std": 0.02},
         "noise 8": {"noise_dim": 8}, "noise 128": {"noise_dim": 128}},
     "report": {
         "report": {}, "+ batch norm": {"batchnorm": True},
         "+ spectral norm": {"spectral_norm": True}, "+ EMA": {"ema": 0.999},
         "+ rate 2e-3": {"lr": 2e-3}, "+ beta1 0": {"beta1": 0.0},
+        "+ linear rate": {"schedule": "linear"}, "+ no flips": {"augment": "none"},
         "+ weights of PyTorch": {"init_std": 0.0}, "noise 8": {"noise_dim": 8},
         "noise 128": {"noise_dim": 128}},
 }
@@ -402,11 +409,13 @@ VARIANTS = {  # one change at a time
 def ablate(args, data):
     """Train each variant of the recipe, all equally long; returns the metrics.
 
-    On validation data: which ingredient to take is a choice.
+    On validation data: which ingredient to take is a choice. One training each, from the same
+    seed: differences no larger than what "other seed" makes mean nothing. Widths and batch size
+    also differ between the two recipes and are not varied.
     """
-    variants = VARIANTS[args.recipe]
+    variants = VARIANTS[args.recipe] | {"other seed": {"seed": (args.seed + 1) % 2**32}}
+    judge = finetune.load_judge(args)
     with common.Run(args, data, select="val_frechet") as run:
-        judge = finetune.load_judge(args)
         train, val = common.splits(data.y_train, 1, args.seed)[0]
         real_val = features(judge, data.x_train[val])
         for part, (name, change) in enumerate(variants.items()):
@@ -438,12 +447,14 @@ def draw_ablation(folder, ablation, title):
 def find_runs(args):
     """{flag: folder} of the four runs that --compare needs; exit 2 where one is missing."""
     folders, wanted = {}, {
-        "ae": ({"latent_dim": 38}, "python ae.py"), "vae": ({"latent_dim": 18}, "python vae.py"),
+        "ae": ({"latent_dim": 38, "recipe": "best"}, "python ae.py"),
+        "vae": ({"latent_dim": 18, "recipe": "best"}, "python vae.py"),
         "gan-report": ({"recipe": "report"}, "python gan.py --recipe report"),
         "gan": ({"recipe": "best"}, "python gan.py")}
     for name, (metrics, command) in wanted.items():
         path = getattr(args, name.replace("-", "_"))
-        folders[name] = common.find_run(name.partition("-")[0], args.data, path, **metrics)
+        folders[name] = common.find_run(name.partition("-")[0], args.data, path,
+                                        **({} if path else metrics))
         if not folders[name]:
             common.fail(f"--compare needs a run for --{name}, and runs/ has none. This makes one: "
                         f"{command} --data {args.data}")
@@ -489,10 +500,11 @@ def samplers(folders, args, data):
 
 def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
-    folders = find_runs(args)
+    folders, judge = find_runs(args), finetune.load_judge(args)
     with common.Run(args, data, select="val_frechet") as run:
         rows, results = {}, {}
-        draws, judge = samplers(folders, args, data), finetune.load_judge(args)
+        draws = samplers(folders, args, data)
+        print("mean +- standard deviation over three sets of samples of one training each")
         real = features(judge, data.x_test)
         for name, draw in draws.items():
             each = [judge_images(judge, draw(seed), real) for seed in range(3)]
@@ -506,7 +518,7 @@ def compare(args, data):
             rows[f"{name}\nFrechet {result['frechet']:.1f}"] = draw(0)[:14]
         draw_rows(run.folder, "generators", rows, 14,
                   f"{data.name}: which model is the best generator?")
-        return run.finish({"epochs": 0, "generators": results})
+        return run.finish({"epochs": 0, "samples": len(real), "generators": results})
 
 
 # --------------------------------------------------------------------------- main
@@ -520,8 +532,8 @@ def main(argv=None):
         return compare(args, data)
     if args.ablate:
         return ablate(args, data)
+    judge = finetune.load_judge(args)
     with common.Run(args, data, select="val_frechet") as run:
-        judge = finetune.load_judge(args)
         train, val = common.splits(data.y_train, 1, args.seed)[0]
         x_train, x_val = data.x_train[train], data.x_train[val]
         real_val = features(judge, x_val)
@@ -533,16 +545,18 @@ def main(argv=None):
         x = sample(netG, noise(n, args.noise_dim, 3, args.device))
         floor = judge_images(judge, x_train[:n], real)
         metrics = {**judge_images(judge, x, real), **{f"{k}_floor": v for k, v in floor.items()}}
-        # a generator that copies would come closer to the training images than test images do
+        # closer to the training images than test images are: copies, or blur, for a smooth image
+        # is near to everything; nearest.png tells which
         for key, images in (("nearest", x[:1000]), ("nearest_floor", data.x_test[:1000])):
             metrics[key] = nearest(images, x_train)[1].median().item()
-        floor_val = frechet_distance(features(judge, x_train[:len(x_val)]), real_val)
+        floor_val = frechet_distance(features(judge, x_train[:len(x_val) // 2]), real_val)
         draw_curves(run.folder, run.history, floor_val, data.name)
         draw_samples(run.folder, netG, args, data, album, x_train)
 
-        last = run.history[-1]
+        last = run.history[-1]  # table 2; the samples are those of the best epoch
         metrics |= {k: last[k] for k in ("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake")}
-        metrics |= {"val_frechet": run.best[0]["val_frechet"], "best_epoch": run.best[0]["epoch"],
+        metrics |= {"samples": n, "g_gradient": [run.history[0]["g_gradient"], last["g_gradient"]],
+                    "val_frechet": run.best[0]["val_frechet"], "best_epoch": run.best[0]["epoch"],
                     "noise_dim": args.noise_dim, "recipe": args.recipe,
                     "parameters": sum(p.numel() for net in (netG, netD) for p in net.parameters())}
         return run.finish(metrics)

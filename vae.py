@@ -146,7 +146,7 @@ def load_run(folder):
         part = flags["sweep"].index(flags["beta"])
     model = VAE(flags["latent_dim"], flags["hidden"], flags["filters"], flags["decoder_filters"],
                 flags["sigma"])
-    model.load_state_dict(state["best"][part]["model"])
+    common.restore(model, state["best"][part]["model"], folder)
     return model
 
 

@@ -327,12 +327,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(encoder, no_figures, monke
 def test_judge_is_the_best_fold(no_figures, monkeypatch, capsys):
     """The last fold instead of the best; another model's weights; a judge that drops out."""
     args = finetune.parse_args(["--data", "digits"])
+    args.judge = None
     train_epoch = finetune.train_epoch
     monkeypatch.setattr(finetune, "train_epoch", lambda model, x, y, *rest: (
         train_epoch(model, x[:100], y[:100], *rest)))
     metrics = finetune.main(["--data", "digits", "--model", "cnn", "--folds", "3", "--epochs", "2"])
     judge = finetune.load_judge(args)
-    assert metrics["folder"] in capsys.readouterr().out
+    assert metrics["folder"] in capsys.readouterr().out and args.judge == metrics["folder"]
     state = torch.load(f"{metrics['folder']}/checkpoint.pt", weights_only=True)
     best = min(state["best"].values(), key=lambda b: b["val_loss"])
     assert all(value.equal(best["model"][key]) for key, value in judge.state_dict().items())
@@ -342,6 +343,7 @@ def test_judge_is_the_best_fold(no_figures, monkeypatch, capsys):
 def test_judge_is_trained_where_there_is_none(no_figures, capsys):
     """A chapter that fails because another one was not run yet."""
     args = finetune.parse_args(FAST)
+    args.judge = None
     judge = finetune.load_judge(args)
     assert "finetune.py --fast --model cnn" in capsys.readouterr().out
     assert judge.features(torch.rand(2, 1, 28, 28)).shape == (2, 105)
