@@ -403,8 +403,8 @@ def find_run(script, data, path=None, runs="runs", **wanted):
     """The folder of a finished run: path, or the newest in runs; None where there is none.
 
     Only runs of this script, on this data ("fashion", "digits") and with the wanted flags or
-    metrics count, like latent_dim=38, and --fast ones only as a path. A path that does not fit is
-    exit 2.
+    metrics count, like latent_dim=38, and --fast ones only as a path; of searches and comparisons
+    none, for they hold many models or none. A path that does not fit is exit 2.
     """
     wanted = {"script": script, "data": data, **wanted}
     found = []
@@ -413,12 +413,13 @@ def find_run(script, data, path=None, runs="runs", **wanted):
             file = folder / "metrics.json"
             m = json.loads(file.read_text())
             m = {**m["flags"], **m}
-            if wanted.items() <= m.items() and (path or not m["fast"]):
+            many = any(m.get(mode) for mode in ("tune", "ablate", "compare"))
+            if wanted.items() <= m.items() and not many and (path or not m["fast"]):
                 found.append((file.stat().st_mtime, folder))
     if found:
         print(f"using {max(found)[1]}, a run of {script}.py")
         return max(found)[1]
-    return path and fail(f"{path} is not a finished run of {script}.py with " + ", ".join(
+    return path and fail(f"{path} is not a finished training of {script}.py with " + ", ".join(
         f"{key} {value}" for key, value in list(wanted.items())[1:]))
 
 

@@ -124,12 +124,13 @@ def knn_accuracy(points, y):
 
 
 def trustworthiness(x, maps):
-    """Are neighbours in a map neighbours in truth? One number for each of the maps (N, 2).
+    """Are neighbours in a map neighbours as images? One number for each of the maps (N, 2).
 
-    x: (N, 784), the truth. 1: the 5 nearest points in the map are the 5 nearest images, for all.
-    A wrong one costs its rank among all images, minus 5; a map by chance has about .5 (Venna and
-    Kaski 2001). scikit-learn's function gives the same, but sorts a full N x N matrix: 2 GB for
-    10,000 points. The ranks of N x 5 pairs are all that is needed, a few rows at a time.
+    x: (N, 784), in Euclidean distance: that of PCA and t-SNE, not a person's idea of alike. 1: the
+    5 nearest points in the map are the 5 nearest images, for all. A wrong one costs its rank among
+    all images, minus 5; a map by chance has about .5 (Venna and Kaski 2001). scikit-learn's
+    function gives the same, but sorts a full N x N matrix: 2 GB for 10,000 points. The ranks of
+    N x 5 pairs are all that is needed, a few rows at a time.
     """
     n, k = len(x), NEIGHBOURS
     near = [NearestNeighbors(n_neighbors=k).fit(points).kneighbors(return_distance=False)
@@ -245,11 +246,13 @@ def main(argv=None):
         common.fail(f"--perplexity {max(args.perplexity):g} takes three times as many points, "
                     f"{n} are too few: name a smaller one, or more --points")
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
-    runs = {script: find_encoder(script, args) for script in (ae, vae)}
+    # a named run first: a wrong name is said before the other encoder is trained
+    runs = {script: find_encoder(script, args) for script in sorted(
+        (ae, vae), key=lambda script: getattr(args, script.__name__) is None)}
 
     with common.Run(args, data) as run:
         maps = [(script.__name__, *map_encoder(script, folder, x))  # name, points (N, 2), numbers
-                for script, folder in runs.items()]
+                for script, folder in ((ae, runs[ae]), (vae, runs[vae]))]
         maps.append(("pca", *map_pca(data.x_train, x)))
         tsne = [("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
         maps += tsne

@@ -44,7 +44,7 @@ import common
 # --------------------------------------------------------------------------- flags
 
 # table 3 of the report: test accuracy in %, test loss, training seconds
-REPORT = {"ae": (85.7, 0.410, 252), "resnet18": (85.9, 0.482, 371),
+TABLE3 = {"ae": (85.7, 0.410, 252), "resnet18": (85.9, 0.482, 371),
           "resnet18-random": (81.1, 0.602, 674), "cnn": (87.8, 0.318, None)}
 RESNET = {"train": "last", "epochs": 4, "lr": 0.001, "weight_decay": 0.0}
 SETTINGS = {  # of each model, by recipe; flags go before them
@@ -72,7 +72,7 @@ EPOCH_IMAGES = 4800  # an epoch shows at least so many: 100 labelled images 48 t
 def parse_args(argv=None):
     parser = common.Parser(description=__doc__.partition("\n")[0])
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=("all", *REPORT), default="all",
+    group.add_argument("--model", choices=("all", *TABLE3), default="all",
                        help="which one to train; all: table 3")
     group.add_argument("--train", choices=("all", "last", "head"),
                        help="what learns, the rest stays frozen (of cnn nothing does). head: the "
@@ -243,7 +243,7 @@ def plan(args, data):
     splits = common.splits(data.y_train, args.folds, args.seed)
     trainings = [training(name, fold=fold, idx=train, val=val,
                           scratch=args.scratch and name == "ae")
-                 for name in (REPORT if args.model == "all" else [args.model])
+                 for name in (TABLE3 if args.model == "all" else [args.model])
                  for fold, (train, val) in enumerate(splits)]
     pool = splits[0][0]  # where the labelled images are taken from
     for n in args.labels or []:
@@ -437,7 +437,7 @@ def draw_label_efficiency(folder, efficiency, data_name):
 def print_table(models, left_out):
     """Table 3, the report's numbers in brackets."""
     print(f"\n{'':16}{'test accuracy, %':>18}{'test loss':>16}{'training, s':>16}{'trained':>13}")
-    for name, (accuracy, loss, seconds) in REPORT.items():
+    for name, (accuracy, loss, seconds) in TABLE3.items():
         if m := models.get(name):
             print(f"{name:16}{100 * m['test_accuracy']:11.1f} ({accuracy}){m['test_loss']:9.3f}"
                   f" ({loss:.2f}){m['train_seconds']:9.0f} {f'({seconds})' if seconds else '':6}"
@@ -501,7 +501,7 @@ def main(argv=None):
         tests = {n: score(logits[n], data.y_test) for n in trainings}
 
         models = {}
-        for name in REPORT:
+        for name in TABLE3:
             folds = [n for n, t in trainings.items() if t.name == name and t.val is not None]
             if not folds:
                 continue

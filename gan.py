@@ -453,8 +453,9 @@ def find_runs(args):
         "gan": ({"recipe": "best"}, "python gan.py")}
     for name, (metrics, command) in wanted.items():
         path = getattr(args, name.replace("-", "_"))
-        folders[name] = common.find_run(name.partition("-")[0], args.data, path,
-                                        **({} if path else metrics))
+        if path and name in ("ae", "vae"):
+            metrics = {}  # a named one may be of any size
+        folders[name] = common.find_run(name.partition("-")[0], args.data, path, **metrics)
         if not folders[name]:
             common.fail(f"--compare needs a run for --{name}, and runs/ has none. This makes one: "
                         f"{command} --data {args.data}")
@@ -501,13 +502,14 @@ def samplers(folders, args, data):
 def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
     folders, judge = find_runs(args), finetune.load_judge(args)
-    with common.Run(args, data, select="val_frechet") as run:
+    with common.Run(args, data) as run:
         rows, results = {}, {}
         draws = samplers(folders, args, data)
         print("mean +- standard deviation over three sets of samples of one training each")
         real = features(judge, data.x_test)
         for name, draw in draws.items():
-            each = [judge_images(judge, draw(seed), real) for seed in range(3)]
+            sets = [draw(seed) for seed in range(3)]
+            each = [judge_images(judge, x, real) for x in sets]
             result = {"class_coverage": each[0]["class_coverage"]}
             for key in ("frechet", "precision", "recall"):
                 values = [r[key] for r in each]
@@ -515,10 +517,10 @@ def compare(args, data):
             print(f"{name:21}", *(f"{key} {result[key]:7.2f} +- {result[f'{key}_std']:.2f}  "
                                   for key in ("frechet", "precision", "recall")), flush=True)
             results[name] = result
-            rows[f"{name}\nFrechet {result['frechet']:.1f}"] = draw(0)[:14]
+            rows[f"{name}\nFrechet {result['frechet']:.1f}"] = sets[0][:14]
         draw_rows(run.folder, "generators", rows, 14,
                   f"{data.name}: which model is the best generator?")
-        return run.finish({"epochs": 0, "samples": len(real), "generators": results})
+        return run.finish({"samples": len(real), "generators": results})
 
 
 # --------------------------------------------------------------------------- main

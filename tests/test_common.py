@@ -337,7 +337,7 @@ def test_find_run(digits, fails, capsys):
     assert common.find_run("vae", "digits") is None and capsys.readouterr().out == ""
     assert common.find_run("ae", "digits", "runs/fast", latent_dim=3).name == "fast"
     message = fails(2, common.find_run, "ae", "digits", "runs/size", latent_dim=3)
-    assert "runs/size is not a finished run of ae.py with data digits, latent_dim 3" in message
+    assert "runs/size is not a finished training of ae.py with data digits, latent_dim 3" in message
 
 
 def test_the_loss_that_is_not_finite_is_named():

@@ -275,8 +275,8 @@ def test_training_hands_its_flags_on(monkeypatch):
     ("--points 89", "--perplexity 30"), ("--perplexity 5 200", "--perplexity 200"),
     ("--points 0", "--points"), ("--points 1.5", "--points"), ("--perplexity 0", "--perplexity"),
     ("--perplexity nan", "--perplexity"), ("--perplexity", "--perplexity"),
-    ("--ae nowhere", "nowhere is not a finished run of ae.py"), ("--vae=", "--vae"),
-    ("--vae AE", "is not a finished run of vae.py"), ("--seed -1", "--seed"),
+    ("--ae nowhere", "nowhere is not a finished training of ae.py"), ("--vae=", "--vae"),
+    ("--vae AE", "is not a finished training of vae.py"), ("--seed -1", "--seed"),
     ("--resume there", "--resume"), ("--epochs 3", "--epochs")])
 def test_bad_input_ends_in_one_line(flags, words, fast_run, fails):
     """A traceback, fewer points than asked for without a word, a warning of scikit-learn."""

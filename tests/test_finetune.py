@@ -39,8 +39,9 @@ def fast_run(tmp_path_factory, encoder):
         patch.setenv("TORCH_HOME", str(folder / "empty"))
         patch.setattr(finetune, "SEEDS", 2)
         patch.setattr(finetune, "EPOCH_IMAGES", 1000)
-        return finetune.main([*FAST, "--encoder", encoder, "--labels", "20", "100",
-                              "--out-dir", str(folder / "run")]), folder / "run"
+        # two epochs are too few to learn digits that are shifted too
+        return finetune.main([*FAST, "--encoder", encoder, "--labels", "20", "100", "--augment",
+                              "none", "--out-dir", str(folder / "run")]), folder / "run"
 
 
 @pytest.fixture

@@ -380,7 +380,7 @@ def test_compare(fast_run, monkeypatch, fails, capsys):
     message = fails(2, gan.main, [*FAST, "--compare", *named])
     assert "python gan.py --recipe report" in message
     message = fails(2, gan.main, [*FAST, "--compare", *named, "--gan-report", str(fast_run[1])])
-    assert "not a finished run" in message and "recipe report" in message
+    assert "not a finished training" in message and "recipe report" in message
 
     monkeypatch.setattr(gan, "draw_curves", lambda *args: None)
     monkeypatch.setattr(gan, "draw_samples", lambda *args: None)
