@@ -89,6 +89,9 @@ def parse_args(argv=None):
     group.add_argument("--labels", type=common.number(int, 1, 60_000), nargs="+", metavar="N",
                        help="also train ae with only N labelled images: a linear probe, "
                             f"fine-tuned, and from scratch, {SEEDS} times each")
+    group.add_argument("--mirror", action=argparse.BooleanOptionalAction,
+                       help="in the test: mean of the logits of an image and of its mirror image; "
+                            "None: if trained on both")
     common.add_flags(parser, RECIPES, epochs=None, batch_size=None, lr=None, augment="shift")
     args = common.parse(parser, "finetune", argv, RECIPES, fast={"epochs": 2})
     if args.model == "cnn" and args.train not in (None, "all"):
@@ -230,6 +233,7 @@ def plan(args, data):
             "name": name, "scratch": False, "seed": args.seed, "fold": 0, "augment": args.augment,
             "optimizer": "adam", "schedule": "constant" if args.recipe == "report" else "onecycle",
             **more})
+        t.mirror = t.augment in ("flip", "shift") if args.mirror is None else args.mirror
         if name == "cnn":
             t.train = "all"
         last = len(t.idx) % t.batch_size or t.batch_size  # images in the epoch's last batch
@@ -326,10 +330,11 @@ def estimate(trainings, args, data, imagenet):
 
 
 @torch.no_grad()
-def predict(model, x):
-    """Logits (N, 10) in evaluation mode, order kept."""
+def predict(model, x, mirror=False):
+    """Logits (N, 10) in evaluation mode, order kept; mirror: the mean with those of x.flip(3)."""
     model.eval()
-    return torch.cat([model(batch) for batch in x.split(500)])
+    logits = torch.cat([model(batch) for batch in x.split(500)])
+    return (logits + predict(model, x.flip(3))) / 2 if mirror else logits
 
 
 def score(logits, y):
@@ -495,7 +500,10 @@ def main(argv=None):
         for n, t in trainings.items():
             model = build(t, args)
             model.load_state_dict(run.best[n]["model"])
-            logits[n] = predict(model, data.x_test)
+            logits[n] = predict(model, data.x_test, t.mirror)
+            if t.mirror and t.val is not None:  # beside val_loss and val_accuracy: what it brings
+                t.mirror_val_loss, t.mirror_val_accuracy = score(
+                    predict(model, data.x_train[t.val], mirror=True), data.y_train[t.val])
             t.parameters = sum(p.numel() for p in model.parameters())
             t.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         tests = {n: score(logits[n], data.y_test) for n in trainings}

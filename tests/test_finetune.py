@@ -231,8 +231,8 @@ def test_confusion_matrix_is_not_transposed(encoder, digits, monkeypatch, no_fig
     """Swapped axes: with every 4 taken for a 2, row 4 and column 2 must hold them."""
     y = torch.where(digits.y_test == 4, 2, digits.y_test)
     predict = finetune.predict
-    monkeypatch.setattr(finetune, "predict", lambda model, x: torch.eye(10)[y] if (
-        x is digits.x_test) else predict(model, x))
+    monkeypatch.setattr(finetune, "predict", lambda model, x, *rest, **more: torch.eye(10)[y] if (
+        x is digits.x_test) else predict(model, x, *rest, **more))
     monkeypatch.setattr(common, "load_data", lambda args: digits)
     m = finetune.main([*FAST, "--model", "ae", "--epochs", "1", "--encoder", encoder]
                       )["models"]["ae"]
@@ -253,6 +253,20 @@ def test_evaluation_weighs_images_not_batches(digits):
     loss, accuracy = finetune.evaluate(model, x, y)
     assert loss == pytest.approx(-p[range(507), y].mean().item(), rel=1e-5)
     assert accuracy == pytest.approx((p.argmax(1) == y).sum().item() / 507)
+
+
+def test_mirrored_prediction(digits):
+    """An image and its mirror image that are told apart, or an upside-down one; labels moved."""
+    model, x = finetune.CNN(), digits.x_test[:7]
+    logits = finetune.predict(model, x, mirror=True)
+    assert logits.allclose(finetune.predict(model, x.flip(3), mirror=True), atol=1e-6)
+    assert logits.allclose((model(x) + model(x.flip(3))) / 2, atol=1e-6)
+    assert not logits.allclose(finetune.predict(model, x))
+    for flags, mirror in (("--augment flip", True), ("--augment none", False),
+                          ("--augment none --mirror", True), ("--no-mirror", False),
+                          ("--recipe report", False)):
+        parts = finetune.plan(finetune.parse_args([*FAST, *flags.split()]), digits)
+        assert {part.mirror for part in parts} == {mirror}
 
 
 def test_overfits_32_images(digits):
