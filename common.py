@@ -79,23 +79,24 @@ def folder(text):
     return text
 
 
-def add_flags(parser, recipes, epochs, batch_size, lr, augment):
+def add_flags(parser, recipes, epochs, batch_size, lr, augment, folds=True):
     """The flags of every script that trains, with its own recipes and defaults."""
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", choices=recipes, default="best",
                        help="best: these defaults; others: the report's settings, see the script")
-    group.add_argument("--folds", type=number(int, 1, 20), default=1,
-                       help="1: one 80/20 split; k: k-fold cross validation")
+    if folds:
+        group.add_argument("--folds", type=number(int, 1, 20), default=1,
+                           help="1: one 80/20 split; k: k-fold cross validation")
     group.add_argument("--epochs", type=number(int, 1, 10_000), default=epochs,
                        help="passes over the training images")
     group.add_argument("--batch-size", type=number(int, 1, 60_000), default=batch_size,
                        help="images per step: fewer make more, noisier steps")
     group.add_argument("--lr", type=number(float, 1e-8, 100), default=lr,
                        help="learning rate; where it follows a schedule, its peak")
-    group.add_argument("--augment", choices=("none", "flip", "shift", "report"),
+    group.add_argument("--augment", choices=("none", "flip", "shift", "erase", "report"),
                        default=augment, help="random change to each training image in each epoch: "
-                       "flip: left-right; shift: that and up to 2 pixels; report: as in its "
-                       "section 5, rotated and upside down")
+                       "flip: left-right; shift: that and up to 2 pixels; erase: that and a black "
+                       "rectangle; report: as in its section 5, rotated and upside down")
     add_run_flags(parser).add_argument(
         "--resume", type=folder, metavar="DIR",
         help="go on with the interrupted run in DIR, or redraw a finished one")
@@ -153,6 +154,13 @@ def parse(parser, script, argv, recipes, fast):
     words = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", args.program, *words])
     return args
+
+
+def refuse_others(parser, argv, mode, allowed):
+    """Exit 2 where argv changes a flag that is not for this mode: it would silently do nothing."""
+    for name, value in vars(parser.parse_args(argv)).items():
+        if name not in (*RUN_FLAGS, *allowed) and value != parser.get_default(name):
+            parser.error(f"{mode} and --{name.replace('_', '-')}: choose one")
 
 
 def start(main):
@@ -313,8 +321,9 @@ def augment(x, kind, generator):
     """Change each image of x (B, 1, 28, 28) by a draw of its own.
 
     kind: "none"; "flip", left-right with probability 1/2; "shift", flipped likewise and moved by
-    up to 2 pixels; "report", rotated by up to 15 degrees (our guess: the report gives no angle) and
-    flipped upside down with probability 1/2.
+    up to 2 pixels; "erase", shifted likewise and a rectangle of up to 12 x 12 pixels blackened
+    (Zhong et al., arXiv 1708.04896); "report", rotated by up to 15 degrees (our guess: the report
+    gives no angle) and flipped upside down with probability 1/2.
     """
     if kind == "none":
         return x
@@ -327,7 +336,19 @@ def augment(x, kind, generator):
         move = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1)
         grid = F.affine_grid(move.view(-1, 2, 3).to(x.device), x.shape, align_corners=False)
         x = F.grid_sample(x, grid, align_corners=False)  # what comes in from outside is black
-    return torch.where(flipped, x.flip(2 if kind == "report" else 3), x)
+    x = torch.where(flipped, x.flip(2 if kind == "report" else 3), x)
+    if kind == "erase":
+        (y0, x0), (height, width) = (
+            scale * torch.rand(2, len(x), 1, 1, 1, generator=generator).to(x.device)
+            for scale in (28, 6))  # centres; halves of the sides
+        i = torch.arange(28, device=x.device)
+        x = x.masked_fill(((i[:, None] - y0).abs() < height) & ((i - x0).abs() < width), 0)
+    return x
+
+
+def in_batches(function, x, size=100):
+    """function(x) for x (N, ...), in parts, order kept. 100 images stay in a CPU's cache."""
+    return torch.cat([function(part) for part in x.split(size)])
 
 
 def pca_reconstruct(x_train, x_test, k):
@@ -399,6 +420,9 @@ def restore(part, state_dict, folder):
              "Start a new run")
 
 
+RUN_FLAGS = ("fast", "data", "data_dir", "out_dir", "seed", "device", "resume")  # of every script
+
+
 def find_run(script, data, path=None, runs="runs", **wanted):
     """The folder of a finished run: path, or the newest in runs; None where there is none.
 
@@ -423,19 +447,28 @@ def find_run(script, data, path=None, runs="runs", **wanted):
         f"{key} {value}" for key, value in list(wanted.items())[1:]))
 
 
-def find_or_train(main, script, args, flags, path=None, **wanted):
-    """The folder of a run that fits (see find_run); where there is none, main(flags) trains one.
+def made_by(script, flags):
+    """What find_run wants of a run that `python SCRIPT.py FLAGS` made, whatever its RUN_FLAGS."""
+    return {k: v for k, v in vars(script.parse_args(flags)).items()
+            if k not in (*RUN_FLAGS, "script", "state", "program", "command")}
 
-    main: that of the script. args: the caller's, after load_data; with its --fast, a --fast run is
-    trained in any case.
+
+def find_or_train(script, args, flags, path=None, **wanted):
+    """The folder of a run that fits (see find_run); where there is none, script.main trains one.
+
+    script: a module. wanted: None given, a run of exactly these flags. args: the caller's, after
+    load_data; with its --fast, a --fast run is trained in any case.
     """
-    folder = None if args.fast and not path else find_run(script, args.data, path, **wanted)
+    name, folder = Path(script.__file__).stem, None  # __name__ may be "__main__"
+    if path or not args.fast:
+        folder = find_run(name, args.data, path, **(
+            wanted or ({} if path else made_by(script, flags))))
     if not folder:
         flags = ["--fast", *flags] if args.fast else flags
-        print(f"no run that fits: {shlex.join(['python', f'{script}.py', *flags])} comes first",
+        print(f"no run that fits: {shlex.join(['python', f'{name}.py', *flags])} comes first",
               flush=True)
-        folder = main([*flags, "--data", args.data, "--data-dir", args.data_dir,
-                       "--seed", str(args.seed), "--device", args.device])["folder"]
+        folder = script.main([*flags, "--data", args.data, "--data-dir", args.data_dir,
+                              "--seed", str(args.seed), "--device", args.device])["folder"]
     return str(folder)
 
 

@@ -16,7 +16,6 @@ It takes the newest runs of ae.py and vae.py with --latent-dim 2 in runs/. Where
 trains one first, so an interrupted command is simply repeated: what was trained is there.
 """
 
-import math
 import shlex
 import time
 from pathlib import Path
@@ -27,10 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patheffects import withStroke
 from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from sklearn.metrics import euclidean_distances
+from sklearn.manifold import TSNE, trustworthiness
 from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier
 
 import ae
 import common
@@ -54,8 +52,8 @@ def parse_args(argv=None):
     group.add_argument("--points", type=number(int, 16, 10**9), metavar="N",
                        help="the first N test images; None: all of them")
     group.add_argument("--perplexity", type=number(float, 2, 10**4), nargs="+", default=[30],
-                       metavar="P", help="how many neighbours t-SNE cares for; of several, the map "
-                                         "in the table is that of 30, or of the first")
+                       metavar="P", help="how many neighbours t-SNE cares for; of several, the one "
+                                         "beside the other maps is 30, or the first")
     for name in ("ae", "vae"):
         group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
                            help=f"run of {name}.py with --latent-dim 2; None: the newest in runs/")
@@ -115,35 +113,12 @@ def pixels(x):
 def knn_accuracy(points, y):
     """Do the classes keep apart? How often the 5 nearest points of a map (N, 2) vote for the truth.
 
-    Returns the accuracy and that of each class, {class: accuracy}, both 5-fold: no point votes for
-    itself, and each is asked once. The points have no order, so the folds need no shuffling.
+    Returns the accuracy and that of each class, {class: accuracy}, both 5-fold: each point is asked
+    once, and the other four fifths vote. The points have no order, so the folds need no shuffling.
     """
     vote = KNeighborsClassifier(NEIGHBOURS)
     right = cross_val_predict(vote, points, y, cv=KFold(5)) == y
     return right.mean().item(), {c: right[y == c].mean().item() for c in np.unique(y).tolist()}
-
-
-def trustworthiness(x, maps):
-    """Are neighbours in a map neighbours as images? One number for each of the maps (N, 2).
-
-    x: (N, 784), in Euclidean distance: that of PCA and t-SNE, not a person's idea of alike. 1: the
-    5 nearest points in the map are the 5 nearest images, for all. A wrong one costs its rank among
-    all images, minus 5; a map by chance has about .5 (Venna and Kaski 2001). scikit-learn's
-    function gives the same, but sorts a full N x N matrix: 2 GB for 10,000 points. The ranks of
-    N x 5 pairs are all that is needed, a few rows at a time.
-    """
-    n, k = len(x), NEIGHBOURS
-    near = [NearestNeighbors(n_neighbors=k).fit(points).kneighbors(return_distance=False)
-            for points in maps]  # (N, k) each, a point is not its own neighbour
-    cost = np.zeros(len(maps))
-    for rows in np.array_split(np.arange(n), math.ceil(n / 200)):
-        distance = euclidean_distances(x[rows], x)  # (B, N)
-        for m, index in enumerate(near):
-            to_near = np.take_along_axis(distance, index[rows], axis=1)  # (B, k)
-            for j in range(k):
-                rank = (distance < to_near[:, j, None]).sum(1)  # 1: the nearest; 0 is itself
-                cost[m] += np.maximum(rank - k, 0).sum()
-    return (1 - cost * 2 / (n * k * (2 * n - 3 * k - 1))).tolist()
 
 
 def print_table(maps):
@@ -232,7 +207,7 @@ def find_encoder(script, args):
     """The run of ae.py or vae.py to take: a named one, the newest that fits, or a new one."""
     name = script.__name__
     flags = shlex.split(TRAINING[name]) + (["--epochs", "3"] if args.fast else [])
-    return common.find_or_train(script.main, name, args, flags, getattr(args, name), latent_dim=2)
+    return common.find_or_train(script, args, flags, getattr(args, name), latent_dim=2)
 
 
 def main(argv=None):
@@ -257,10 +232,13 @@ def main(argv=None):
         tsne = [("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
         maps += tsne
 
-        trust = trustworthiness(pixels(x), [points for _, points, _ in maps])
-        for (name, points, numbers), value in zip(maps, trust, strict=True):
+        for name, points, numbers in maps:
             accuracy, of_class = knn_accuracy(points, y)
-            numbers |= {"knn_accuracy": accuracy, "trustworthiness": value,
+            # are neighbours in the map neighbours as images, in Euclidean distance (not a person's
+            # idea of alike)? 1: the 5 nearest points are the 5 nearest images, for all; by chance
+            # about .5 (Venna and Kaski 2001). N x N distances: 3 GB for 10,000 points
+            trust = trustworthiness(pixels(x), points, n_neighbors=NEIGHBOURS)
+            numbers |= {"knn_accuracy": accuracy, "trustworthiness": float(trust),
                         "places_new_points": name != "tsne",
                         "class_accuracy": {data.classes[c]: a for c, a in of_class.items()}}
         print_table(maps)

@@ -4,8 +4,8 @@ Section 3 of the report: a GAN, what its losses can tell, and which model is the
 
     python gan.py                       our best small GAN
     python gan.py --recipe report       the report's networks and settings: 100 epochs
-    python gan.py --ablate --epochs 6   each ingredient left out in turn, and other noise sizes
-    python gan.py --ablate --epochs 6 --recipe report   each put into the report's recipe
+    python gan.py --ablate              each ingredient left out in turn, and other noise sizes
+    python gan.py --ablate --recipe report   each put into the report's recipe
     python gan.py --compare             AE, VAE and both GANs side by side as generators
     python gan.py --fast                smoke test in seconds
 
@@ -18,6 +18,7 @@ import argparse
 import copy
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("comparisons")
     group.add_argument("--ablate", action="store_true",
                        help="train once for each ingredient left out (--recipe report: put in), "
-                            "and for two other sizes of noise; choose few --epochs")
+                            "and for two other sizes of noise; 3 epochs each")
     group.add_argument("--compare", action="store_true",
                        help="train nothing: judge the generators of finished runs, by default "
                             "the newest in runs/")
@@ -87,16 +88,18 @@ def parse_args(argv=None):
     group.add_argument("--judge", type=common.folder, metavar="DIR",
                        help="the run of finetune.py whose CNN judges the samples; None: the newest "
                             "in runs/, trained first where there is none")
-    common.add_flags(parser, RECIPES, epochs=20, batch_size=64, lr=0.006, augment="none")
-    # --fast has few steps: an average over a thousand would still show the first weights
-    args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3, "ema": 0.9})
-    if args.folds > 1:
-        parser.error("--folds: this script has one split; for a spread, change --seed")
-    if args.ablate and args.compare:
-        parser.error("--ablate and --compare: choose one")
-    if not args.compare and (args.ae or args.vae or args.gan or args.gan_report):
+    common.add_flags(parser, RECIPES, epochs=20, batch_size=64, lr=0.006, augment="none",
+                     folds=False)
+    args = parser.parse_args(argv)  # a first look: which mode is it?
+    if args.compare:
+        common.refuse_others(parser, argv, "--compare", (
+            "compare", "ae", "vae", "gan", "gan_report", "judge"))
+    elif args.ae or args.vae or args.gan or args.gan_report:
         parser.error("--ae, --vae, --gan and --gan-report belong to --compare")
-    return args
+    recipes = {name: {**flags, "epochs": 3} for name, flags in RECIPES.items()}
+    # --fast has few steps: an average over a thousand would still show the first weights
+    return common.parse(parser, "gan", argv, recipes if args.ablate else RECIPES,
+                        fast={"epochs": 3, "ema": 0.9})
 
 
 # --------------------------------------------------------------------------- model
@@ -180,7 +183,8 @@ def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, g
     """One pass over x (N, 1, 28, 28). Returns the epoch's means as a dict, weighed by images.
 
     d_loss, g_loss; d_accuracy_real, d_accuracy_fake: how often D was right, before its step;
-    g_gradient: the norm of G's gradient.
+    g_gradient: the norm of G's gradient. Adam divides by its usual size, so a small one alone does
+    not slow G down.
     """
     netG.train(), netD.train()
     totals = {}
@@ -196,7 +200,8 @@ def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, g
         d_loss.backward()
         d_optimizer.step()
 
-        # step 2, G: make D say "real". inputs: D's own gradient would be thrown away
+        # step 2, G: make D say "real" (the non-saturating loss of arXiv 1406.2661, section 3).
+        # inputs: D's own gradient would be thrown away
         g_loss = bce(netD(fake), 1.0)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(netG.parameters()))
@@ -269,18 +274,22 @@ def fit(args, run, part, x_train, judge, real_val):
 def sample(netG, z):
     """Images (N, 1, 28, 28) from noise z (N, D): each from its own row of z alone."""
     netG.eval()  # with the statistics of a batch, an image would depend on its neighbours
-    return torch.cat([netG(batch) for batch in z.split(100)])
+    return common.in_batches(netG, z)
 
 
 def noise(n, dim, seed, device="cpu"):
-    """z (n, dim), the same for the same seed, without touching the training's draws."""
+    """z (n, dim), the same for the same seed, without touching the training's draws.
+
+    Seeds here: 0 validation, 1 figures, 2 walks, 3 test, 10 to 12 --compare. They do not follow
+    --seed, so that two runs show the same vectors.
+    """
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 @torch.no_grad()
 def features(judge, x):
     """What the judge, a classifier, sees in x: its last hidden layer, (N, F)."""
-    return torch.cat([judge.features(batch) for batch in x.split(100)])
+    return common.in_batches(judge.features, x)
 
 
 def frechet_distance(a, b):
@@ -317,13 +326,13 @@ def judge_images(judge, x, real):
     """All metrics of images x against the features of real ones (as many of them)."""
     fake = features(judge, x)
     precision, recall = precision_recall(real, fake)
-    classes = torch.cat([judge(batch).argmax(1) for batch in x.split(100)])
+    classes = common.in_batches(judge, x).argmax(1)
     return {"frechet": frechet_distance(real, fake), "precision": precision, "recall": recall,
             "class_coverage": (classes.bincount(minlength=10) / len(x)).tolist()}
 
 
 def nearest(x, x_train):
-    """For each of x: its nearest training image, and the Euclidean distance to it in pixels."""
+    """For each of x: its nearest training image, and the Euclidean distance of the two."""
     distance, idx = torch.cdist(x.flatten(1), x_train.flatten(1)).min(1)
     return x_train[idx], distance
 
@@ -399,7 +408,7 @@ VARIANTS = {  # one change at a time
     "report": {
         "report": {}, "+ batch norm": {"batchnorm": True},
         "+ spectral norm": {"spectral_norm": True}, "+ EMA": {"ema": 0.999},
-        "+ rate 2e-3": {"lr": 2e-3}, "+ beta1 0": {"beta1": 0.0},
+        "+ rate 6e-3": {"lr": 6e-3}, "+ beta1 0": {"beta1": 0.0},
         "+ linear rate": {"schedule": "linear"}, "+ no flips": {"augment": "none"},
         "+ weights of PyTorch": {"init_std": 0.0}, "noise 8": {"noise_dim": 8},
         "noise 128": {"noise_dim": 128}},
@@ -409,9 +418,9 @@ VARIANTS = {  # one change at a time
 def ablate(args, data):
     """Train each variant of the recipe, all equally long; returns the metrics.
 
-    On validation data: which ingredient to take is a choice. One training each, from the same
-    seed: differences no larger than what "other seed" makes mean nothing. Widths and batch size
-    also differ between the two recipes and are not varied.
+    On validation data: which ingredient to take is a choice. One short training each, from the
+    same seed: a hint, and a difference no larger than that to "other seed" is not even that.
+    Widths and batch size also differ between the two recipes and are not varied.
     """
     variants = VARIANTS[args.recipe] | {"other seed": {"seed": (args.seed + 1) % 2**32}}
     judge = finetune.load_judge(args)
@@ -446,19 +455,18 @@ def draw_ablation(folder, ablation, title):
 
 def find_runs(args):
     """{flag: folder} of the four runs that --compare needs; exit 2 where one is missing."""
-    folders, wanted = {}, {
-        "ae": ({"latent_dim": 38, "recipe": "best"}, "python ae.py"),
-        "vae": ({"latent_dim": 18, "recipe": "best"}, "python vae.py"),
-        "gan-report": ({"recipe": "report"}, "python gan.py --recipe report"),
-        "gan": ({"recipe": "best"}, "python gan.py")}
-    for name, (metrics, command) in wanted.items():
-        path = getattr(args, name.replace("-", "_"))
-        if path and name in ("ae", "vae"):
-            metrics = {}  # a named one may be of any size
-        folders[name] = common.find_run(name.partition("-")[0], args.data, path, **metrics)
+    folders, this = {}, sys.modules[__name__]
+    for name, script, flags in (("ae", ae, []), ("vae", vae, []),
+                                ("gan-report", this, ["--recipe", "report"]), ("gan", this, [])):
+        path, wanted = getattr(args, name.replace("-", "_")), common.made_by(script, flags)
+        wanted.pop("judge", None)  # --compare judges all anew
+        if path:  # it may have other flags, but of the two GANs neither the other's recipe
+            wanted = {"recipe": wanted["recipe"]} if script is this else {}
+        script = Path(script.__file__).stem
+        folders[name] = common.find_run(script, args.data, path, **wanted)
         if not folders[name]:
             common.fail(f"--compare needs a run for --{name}, and runs/ has none. This makes one: "
-                        f"{command} --data {args.data}")
+                        + " ".join(["python", f"{script}.py", *flags, "--data", args.data]))
     return folders
 
 
@@ -508,7 +516,7 @@ def compare(args, data):
         print("mean +- standard deviation over three sets of samples of one training each")
         real = features(judge, data.x_test)
         for name, draw in draws.items():
-            sets = [draw(seed) for seed in range(3)]
+            sets = [draw(seed) for seed in range(10, 13)]  # not the seed that chose the best epoch
             each = [judge_images(judge, x, real) for x in sets]
             result = {"class_coverage": each[0]["class_coverage"]}
             for key in ("frechet", "precision", "recall"):
@@ -545,6 +553,7 @@ def main(argv=None):
         netG.load_state_dict(run.best[0]["model"])
         n, real = len(data.x_test), features(judge, data.x_test)
         x = sample(netG, noise(n, args.noise_dim, 3, args.device))
+        # the judge was trained on most of these: a floor a little higher than that of new images
         floor = judge_images(judge, x_train[:n], real)
         metrics = {**judge_images(judge, x, real), **{f"{k}_floor": v for k, v in floor.items()}}
         # closer to the training images than test images are: copies, or blur, for a smooth image

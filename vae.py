@@ -227,7 +227,7 @@ def encode(model, x):
 def decode(model, z):
     """recon_x (N, 1, 28, 28) in evaluation mode, order kept."""
     model.eval()
-    return torch.cat([model.decoder(batch) for batch in z.split(100)])
+    return common.in_batches(model.decoder, z)
 
 
 def reconstruct(model, x):

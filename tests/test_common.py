@@ -175,6 +175,11 @@ def test_augment_changes_each_image_by_its_own_draw(digits):
                          for flip, down, right in places])
     found = {((crops - s).abs().amax((1, 2)) < 1e-4).nonzero().item() for s in shifted}
     assert len(found) > 20  # of these fifty, each by chance
+    light = torch.ones(200, 1, 28, 28)
+    holes = common.augment(light, "erase", generator)[:, :, 3:-3, 3:-3] == 0  # no shift gets there
+    assert holes.flatten(1).any(1).sum() > 100 and len(holes.unique(dim=0)) > 100
+    for side in (holes.any(2), holes.any(3)):
+        assert 4 < side.sum(-1).float().mean() < 6 and side.sum(-1).max() <= 12
     assert common.augment(x, "none", generator) is x
 
 

@@ -347,7 +347,7 @@ def test_ablation(spied, monkeypatch):
         first = 12 * n  # values 1, 2, 3, ... in the order of evaluation: val, train, val, ...
         assert row["each"] == [first + 3, first + 7, first + 11]
         assert (row["val_mse"], row["std"]) == (first + 7, statistics.stdev([3, 7, 11]))
-        assert (row["minus_base"], row["its_std"], row["train_mse"]) == (first, 0, first + 8)
+        assert (row["difference"], row["difference_std"], row["train_mse"]) == (first, 0, first + 8)
     assert not torch.equal(spied[0][3], spied[2][3])
     assert Path("a/ablation.png").exists()
 
