@@ -563,3 +563,16 @@ def main(argv=None):
 
 if __name__ == "__main__":
     common.start(main)
+
+
+# --------------------------------------------------------------------------- exercises
+
+# Predict first, then run. Answers, test accuracy: results/finetune*.
+# 1. `--model ae --train head --epochs 15`: 390 weights learn, the encoder has never seen a label.
+#    How far does it get? (@@ %)
+# 2. `--model ae --epochs 15 --augment KIND`, KIND shift, flip, none, report: an image upside down is
+#    not in the test set. Which one hurts? (@@)
+# 3. `--model resnet18-random --train all --epochs 6`: what do layers cost that stay random?
+#    (@@)
+# 4. Plant a bug: model.train() instead of the first three lines of train_epoch(). All looks well,
+#    but BatchNorm's statistics move in what is frozen; test_frozen_means_bit_identical catches it.

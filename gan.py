@@ -575,3 +575,14 @@ def main(argv=None):
 
 if __name__ == "__main__":
     common.start(main)
+
+
+# --------------------------------------------------------------------------- exercises
+
+# Predict first, then run. Answers: results/gan*.
+# 1. `--ablate`: which single ingredient can the GAN least do without? Can you tell by its losses?
+#    (@@)
+# 2. `--ablate --recipe report`: which single one would have helped the report most? (@@)
+# 3. `--noise-dim 8 --epochs 3`: can 8 numbers make as good images as 32? (@@)
+# 4. Plant a bug: netG.train() instead of netG.eval() in sample(). The pictures look the same, but
+#    each depends on its 99 neighbours; tests/test_gan.py::test_sampling_is_evaluation catches it.
