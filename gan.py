@@ -88,7 +88,7 @@ def parse_args(argv=None):
     group.add_argument("--judge", type=common.folder, metavar="DIR",
                        help="the run of finetune.py whose CNN judges the samples; None: the newest "
                             "in runs/, trained first where there is none")
-    common.add_flags(parser, RECIPES, epochs=20, batch_size=64, lr=0.006, augment="none",
+    common.add_flags(parser, RECIPES, epochs=12, batch_size=64, lr=0.006, augment="none",
                      folds=False)
     args = parser.parse_args(argv)  # a first look: which mode is it?
     if args.compare:
