@@ -17,6 +17,7 @@ PCA with as many components has .0139, --recipe report .0138; --recipe first .03
 
 import argparse
 import math
+import os
 import shlex
 import statistics
 import time
@@ -99,7 +100,8 @@ def parse_args(argv=None):
         parser.set_defaults(epochs=5)
     if args.tune:
         common.refuse_others(parser, argv, "--tune", ("tune", "storage", "price", "epochs"))
-    elif args.storage is not None or args.price != parser.get_default("price"):
+    elif not args.resume and (args.storage is not None
+                              or args.price != parser.get_default("price")):
         parser.error("--storage and --price belong to --tune N")
     if args.ablate and args.folds > 1:
         parser.error("--ablate and --folds: choose one")
@@ -164,9 +166,10 @@ def load_run(folder):
     """The Autoencoder of a finished run of this script: the best weights of its last fold."""
     state = common.load_checkpoint(Path(folder) / "checkpoint.pt", "ae")
     flags = state["config"]["flags"]
-    model = Autoencoder(flags["latent_dim"], flags["hidden"], flags["filters"],
-                        flags["decoder_filters"], flags["dropout"], flags["batchnorm"])
-    common.restore(model, state["best"][flags["folds"] - 1]["model"], folder)
+    with common.reading(folder):
+        model = Autoencoder(flags["latent_dim"], flags["hidden"], flags["filters"],
+                            flags["decoder_filters"], flags["dropout"], flags["batchnorm"])
+        common.restore(model, state["best"][flags["folds"] - 1]["model"], folder)
     return model
 
 
@@ -386,7 +389,17 @@ def suggest(trial):
 def connect(where):
     """Optuna's storage in a journal file or a database."""
     if "://" not in where:
-        return optuna.storages.JournalStorage(JournalFileBackend(where, JournalFileOpenLock(where)))
+        file, lock = Path(where), JournalFileOpenLock(where)
+        if file.is_file():
+            lock.acquire()
+            journal = file.read_bytes()
+            if journal and b'"op_code"' not in journal.partition(b"\n")[0]:
+                lock.release()
+                raise ValueError("it is no journal of Optuna")
+            # a full disk leaves half a line, and the next one would be glued to it
+            os.truncate(file, journal.rfind(b"\n") + 1)
+            lock.release()
+        return optuna.storages.JournalStorage(JournalFileBackend(where, lock))
     try:
         return optuna.storages.RDBStorage(where)
     except Exception:  # when two workers make the tables of an empty database at once, one fails,
@@ -399,6 +412,8 @@ def open_study(args, where):
 
     The report's values come first in it, and again if their trial failed or was interrupted.
     """
+    if args.state and "://" not in where and not Path(where).exists():
+        common.fail(f"the study of {args.resume} is gone: {where} does not exist")
     report = optuna.trial.FixedTrial(REPORT)
     suggest(report)
     settings = {"data": args.data, "fast": args.fast, "epochs": args.epochs, "seed": args.seed,
@@ -493,8 +508,9 @@ def tune(args, data):
                 study.optimize(objective, n_trials=10 * args.tune,  # an end even if all fail
                                catch=(FloatingPointError, Dropped), callbacks=[
                                    report, MaxTrialsCallback(args.tune, states=counted)])
-        except optuna.exceptions.StorageInternalError as error:  # a database that went away
-            raise OSError(error) from error
+        except (optuna.exceptions.StorageInternalError, AssertionError) as error:
+            # a database that went away, a full disk; Optuna asserts that its storage never fails
+            raise OSError(f"the study: {error}") from error
 
         rows = [{"trial": t.number, "state": t.state.name.lower(), **suggest(t),
                  "val_mse": t.value and t.value - price(t.params), "cost": t.value}
@@ -657,5 +673,6 @@ if __name__ == "__main__":
 #    (@@: z is a linear map of 8 units, its other 30 dimensions are a name only)
 # 3. `--latent-dim 18`: half the code, twice the error? (.0122 instead of .0105)
 # 4. `--recipe first --dropout 0`: is it the latent size or the dropout? (.0123 instead of .0368)
-# 5. Plant a bug: delete `model.eval()` in reconstruct(). With `--dropout 0.5` every MSE in the log is
-#    that of a network with half of its units. test_evaluation_weighs_images_not_batches catches it.
+# 5. Plant a bug: delete `model.eval()` in reconstruct(). With `--dropout 0.5` every MSE in the log
+#    is that of a network with half of its units. tests/test_ae.py catches it:
+#    test_evaluation_weighs_images_not_batches.

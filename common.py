@@ -144,16 +144,27 @@ def parse(parser, script, argv, recipes, fast):
             parser.set_defaults(**fast)
     args = parser.parse_args(argv)
     for flag, value in saved.items():
-        free = flag in ("data_dir", "device", "dims", "start_class")  # they train nothing else
+        free = flag in ("data_dir", "device", "dims", "start_class",  # these train nothing else
+                        "encoder", "judge")  # their run may have moved
         if not free and getattr(args, flag) != value:
             parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: "
                          "leave it out, or start a new run")
+    refuse_used(args)
     args.device = pick_device(args.device)
     args.script, args.state = script, state
     args.program = sys.argv[0] if sys.argv[0].endswith(f"{script}.py") else f"{script}.py"
     words = sys.argv[1:] if argv is None else argv
     args.command = shlex.join(["python", args.program, *words])
     return args
+
+
+def refuse_used(args):
+    """Exit 2 where --out-dir is neither new nor empty."""
+    with suppress(OSError):  # not there, or not to be read: Run says what is wrong
+        if args.out_dir and any(Path(args.out_dir).iterdir()):
+            fail(f"--out-dir {args.out_dir} is not empty: name a new folder" + (
+                f", or go on with what is there by --resume {args.out_dir}"
+                if "resume" in args else ""))
 
 
 def refuse_others(parser, argv, mode, allowed):
@@ -164,12 +175,15 @@ def refuse_others(parser, argv, mode, allowed):
 
 
 def start(main):
-    """Run a script's main; Ctrl-C before or after the training is one line too."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
+    """Run a script's main; what ends it outside of a Run is one line too."""
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted", status=130)
+        fail("interrupted; repeat the command", status=130)
+    except OSError as error:  # standard output closed or full
+        fail(f"cannot write ({error})", status=1)
 
 
 def pick_device(name):
@@ -393,13 +407,13 @@ def load_checkpoint(path, script):
                 raise zipfile.BadZipFile("CRC mismatch")
         state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
     except FileNotFoundError:
-        fail(f"{path} does not exist: nothing to resume (a run saves after each epoch)")
+        fail(f"{path} does not exist (a run writes it after each epoch): name another run")
     except OSError as error:
-        fail(f"cannot read {path} ({error.strerror}): --resume takes the folder of a run")
+        fail(f"cannot read {path} ({error.strerror}): name the folder of a run")
     except pickle.UnpicklingError:
         fail(f"{path} holds more than plain tensors and numbers: refused, it could run code")
     except Exception:  # whatever else garbage makes the zip file and pickle readers raise
-        fail(f"{path} is damaged: start a new run")
+        fail(f"{path} is damaged: name another run, or start a new one")
     types = {"config": dict, "fold": int, "epoch": int, "history": list, "best": dict,
              "parts": dict}
     if not isinstance(state, dict) or any(
@@ -423,6 +437,16 @@ def restore(part, state_dict, folder):
 RUN_FLAGS = ("fast", "data", "data_dir", "out_dir", "seed", "device", "resume")  # of every script
 
 
+@contextmanager
+def reading(folder):
+    """Exit 2 where what stands in a run's files is not what this version writes."""
+    try:
+        yield
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        fail(f"the run in {folder} is damaged or of another version ({type(error).__name__}: "
+             f"{error}): name another, or train a new one")
+
+
 def find_run(script, data, path=None, runs="runs", **wanted):
     """The folder of a finished run: path, or the newest in runs; None where there is none.
 
@@ -433,7 +457,8 @@ def find_run(script, data, path=None, runs="runs", **wanted):
     wanted = {"script": script, "data": data, **wanted}
     found = []
     for folder in [Path(path)] if path else Path(runs).glob("*/"):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # unfinished, or no run at all
+        # unfinished, or no run at all
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             file = folder / "metrics.json"
             m = json.loads(file.read_text())
             m = {**m["flags"], **m}
@@ -512,10 +537,7 @@ class Run:
         try:
             if out:
                 Path(out).mkdir(parents=True, exist_ok=True)
-                if any(Path(out).iterdir()):
-                    fail(f"--out-dir {out} is not empty: name a new folder" + (
-                        f", or go on with what is there by --resume {out}"
-                        if "resume" in self.args else ""))
+                refuse_used(self.args)  # again: a training may lie between parse() and this
                 return Path(out)
             name = time.strftime(f"runs/{self.args.script}-%Y%m%d-%H%M%S")
             for suffix in ("", *(f"-{n}" for n in range(2, 100))):
@@ -606,6 +628,9 @@ class Run:
                  f"{f'; the last good checkpoint is in {self.folder}' if saved else ''}", status=1)
         elif issubclass(kind, OSError):
             fail(f"cannot write ({error}); {go_on}", status=1)
+        elif issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or (
+                kind is RuntimeError and "allocate memory" in str(error)):
+            fail("out of memory: try a smaller --batch-size or network", status=1)
 
 
 def finite(loss, step):

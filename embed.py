@@ -265,7 +265,8 @@ if __name__ == "__main__":
 #    (.798, .803, .785)
 # 2. Which class gains most from the AE instead of PCA? Look at the maps, then at class_accuracy in
 #    metrics.json. (bags, from .45 to .93)
-# 3. Is a map with a lower test MSE a better map? Compare AE, VAE and PCA. (.0250, .0255, .0461; 5-NN
-#    .705, .701, .499: here yes. But t-SNE is best without any MSE: it decodes nothing)
+# 3. Is a map with a lower test MSE a better map? Compare AE, VAE and PCA. (.0250, .0255, .0461;
+#    5-NN .705, .701, .499: here yes. But t-SNE is best without any MSE: it decodes nothing)
 # 4. Plant a bug: fit PCA on x instead of x_train in map_pca(). The map hardly changes, but it is no
-#    longer that of new images; test_pca_learns_from_training_images_only catches it.
+#    longer one of new images. tests/test_embed.py::test_pca_learns_from_training_images_only
+#    catches it.

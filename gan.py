@@ -161,8 +161,9 @@ def load_run(folder):
     """The generator of a finished run of this script, its best epoch."""
     state = common.load_checkpoint(Path(folder) / "checkpoint.pt", "gan")
     flags = state["config"]["flags"]
-    netG = Generator(flags["noise_dim"], flags["filters"], flags["batchnorm"])
-    common.restore(netG, state["best"][0]["model"], folder)
+    with common.reading(folder):
+        netG = Generator(flags["noise_dim"], flags["filters"], flags["batchnorm"])
+        common.restore(netG, state["best"][0]["model"], folder)
     return netG
 
 

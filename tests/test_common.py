@@ -345,6 +345,33 @@ def test_find_run(digits, fails, capsys):
     assert "runs/size is not a finished training of ae.py with data digits, latent_dim 3" in message
 
 
+def test_runs_of_another_version_are_refused(fails):
+    """A KeyError where a flag or a number is not in the files of an old run."""
+    for error in (KeyError("hidden"), ValueError("max()"), IndexError("3"), TypeError("None")):
+        def read(error=error):
+            with common.reading("runs/old"):
+                raise error
+        assert "runs/old is damaged or of another version" in fails(2, read)
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (RuntimeError("[enforce fail] can't allocate memory: you tried"), 1, "--batch-size"),
+    (MemoryError(), 1, "--batch-size"), (KeyboardInterrupt(), 130, "repeat")])
+def test_what_ends_a_run_is_one_line(digits, fails, error, status, said):
+    """Forty lines of traceback for a network that is too large."""
+    def work():
+        with common.Run(run_args(), digits, "val_loss"):
+            raise error
+    assert said in fails(status, work)
+
+
+def test_a_closed_standard_output(fails):
+    """`python ae.py | head -1` ends in a traceback."""
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+    assert "Broken pipe" in fails(1, common.start, broken)
+
+
 def test_the_loss_that_is_not_finite_is_named():
     """Training goes on with nan, and the next checkpoint holds nothing else."""
     assert common.finite(torch.tensor(2.0), 7) == 2.0

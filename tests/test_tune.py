@@ -278,12 +278,29 @@ def test_storage_that_cannot_be_used(untrained, fails):
     lines = Path("j").read_text().splitlines()
     Path("damaged").write_text("\n".join([*lines[:3], lines[3][:9], *lines[4:]]) + "\n")
     Path("picture").write_bytes(bytes(range(256)) * 9)
+    Path("notes").write_text("my notes\n")
     Path("folder").mkdir()
     before = sorted(os.listdir())
-    for where in ("damaged", "picture", "folder", "nowhere/j", "", "mysql://nobody@127.0.0.1:1/x",
-                  "sqlite:///nowhere/x.db", "nosuch://x"):
+    for where in ("damaged", "picture", "notes", "folder", "nowhere/j", "",
+                  "mysql://nobody@127.0.0.1:1/x", "sqlite:///nowhere/x.db", "nosuch://x"):
         assert "--storage " + where in fails(2, ae.main, [*SEARCH, "--storage", where])
-    assert sorted(os.listdir()) == before
+    assert sorted(os.listdir()) == before and Path("notes").read_text() == "my notes\n"
+
+
+def test_half_a_line_in_the_journal(untrained):
+    """A full disk tears the last line; the next is glued to it, and the study is lost for good."""
+    ae.main([*FAST, "--tune", "2", "--storage", "j", "--out-dir", "a"])
+    os.truncate("j", os.path.getsize("j") - 10)
+    ae.main([*FAST, "--tune", "3", "--storage", "j", "--out-dir", "b"])
+    assert [t.number for t in journal("j") if t.state.is_finished()] == [0, 2, 3]
+
+
+def test_resume_makes_no_study(untrained, fails):
+    """A new, empty study in the place of the one on a disk that is not mounted."""
+    ae.main([*FAST, "--tune", "1", "--storage", "j", "--out-dir", "a"])
+    os.rename("j", "k")
+    assert "is gone" in fails(2, ae.main, ["--resume", "a"])
+    assert sorted(os.listdir()) == ["a", "k"]
 
 
 def test_database(untrained, monkeypatch, fails):
