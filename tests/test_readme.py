@@ -130,6 +130,25 @@ def sentences():
            "{:.0%} of the coats and {:.0%} of the shirts"), *(
         each[c] for c in ("Bag", "Trouser", "Ankle boot", "Coat", "Shirt"))
     models = [r["finetune"]["models"][name] for name in ("ae", "resnet18-random", "cnn")]
+    yield "{:.1%}, but not quick", models[0]["test_accuracy"]
+    yield "Confirmed: {:.1%}", models[2]["test_accuracy"]
+    yield "The report's own 30 epochs at rate 0.0001, rotated and upside down, give {:.1%}", (
+        r["finetune-ae-report"]["models"]["ae"]["test_accuracy"])
+    yield "misses with {:.1f} and {}, though it has {:.1f} and {} on the validation images", *(
+        value for loss, accuracy in (("test_loss", "test_accuracy"),
+                                     ("mirror_val_loss", "mirror_val_accuracy"))
+        for value in (100 * models[2][accuracy], point(models[2][loss], 3)))
+    tried = [r[name]["models"]["cnn"] for name in ("finetune-cnn-flip", "finetune-shift")]
+    yield "flips only, 25 epochs, {:.1f} and {}; shifts, 30 epochs, {:.1f} and {}", *(
+        value for m in tried for value in (100 * m["test_accuracy"], point(m["test_loss"], 3)))
+    yield "on validation images: {:.1f} to {:.1f}, {:.1f} to {:.1f}", *(
+        100 * m[key] for m in (models[0], models[2]) for key in (
+            "val_accuracy", "mirror_val_accuracy"))
+    yield "validation and training loss are {} and {} (encoder), {} and {} (CNN)", *(
+        point(m[key], 3) for m in (models[0], models[2]) for key in ("val_loss", "seen_loss"))
+    flips = log("finetune-cnn-flip", "val_loss")
+    yield "the CNN's rises from epoch {} on, {} to {}", flips.index(min(flips)) + 1, *(
+        point(value, 3) for value in (min(flips), flips[-1]))
     yield "{:.0%}, {:.0%} and {:.0%} of the shirts", *(m["per_class"][6] for m in models)
     yield "{} and {} (encoder), {} and {} (ResNet18), {} and {} (CNN) of 1,000", *(
         m["confusion"][true][taken] for m in models for true, taken in ((4, 2), (2, 4)))
