@@ -14,7 +14,7 @@ Section 5 of the report: its four classifiers, confusion matrices, and what labe
     python finetune.py --fast                   smoke test in seconds
 
 FashionMNIST test images, one split (results/finetune*): the encoder 90.8 %, ResNet18 with random
-frozen layers 86.4 %, the CNN 93.0 %; standard error .3 %. All together 50 minutes on one core beside
+frozen layers 86.4 %, the CNN 93.0 %; standard error .3 %. All in 50 minutes on one core, beside
 another run. Each run writes to a new folder in runs/.
 """
 
