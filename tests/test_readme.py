@@ -125,6 +125,8 @@ def sentences():
         for key in ("z", "tsne"))
     yield "falls from {:.1f} over {:.1f} and {:.1f} to {:.1f} nats", *(
         part["total_correlation"] for part in r["vae-sweep"]["sweep"])
+    frechet = log("gan", "val_frechet")
+    yield "the distance to real images falls from {:.0f} to {:.0f}", frechet[1], frechet[-1]
     each = r["embed"]["methods"]["ae"]["class_accuracy"]
     yield ("finds {:.0%} of the bags, {:.0%} of the trousers, {:.0%} of the ankle boots, but "
            "{:.0%} of the coats and {:.0%} of the shirts"), *(
