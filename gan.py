@@ -580,10 +580,14 @@ if __name__ == "__main__":
 
 # --------------------------------------------------------------------------- exercises
 
-# Predict first, then run. Answers: results/gan*.
-# 1. `--ablate`: which single ingredient can the GAN least do without? Can you tell by its losses?
-#    (@@)
-# 2. `--ablate --recipe report`: which single one would have helped the report most? (@@)
-# 3. `--noise-dim 8 --epochs 3`: can 8 numbers make as good images as 32? (@@)
+# Predict first, then run. Answers: results/gan-ablate, the Frechet distance to validation images
+# after 3 epochs, where ours has 62.3.
+# 1. `--epochs 3 --lr 0.0002` or `--epochs 3 --beta1 0.5`, both as in the report: which costs more?
+#    Could you tell by the losses? (150.7 and 100.9. D's loss is 1.22 and 1.32, further from chance
+#    level than ours: no)
+# 2. `--epochs 3 --noise-dim 8`: can 8 numbers make as good images as 32? And do 128 make better
+#    ones? (59.0 and 68.9: more noise is no help)
+# 3. `--epochs 3 --ema 0`: does the average help this early? (51.8: not yet, it still holds the
+#    weights of the first steps)
 # 4. Plant a bug: netG.train() instead of netG.eval() in sample(). The pictures look the same, but
-#    each depends on its 99 neighbours; tests/test_gan.py::test_sampling_is_evaluation catches it.
+#    each depends on its 99 neighbours. tests/test_gan.py::test_sampling_is_evaluation catches it.
