@@ -461,7 +461,7 @@ def find_run(script, data, path=None, runs="runs", **wanted):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             file = folder / "metrics.json"
             m = json.loads(file.read_text())
-            m = {**m["flags"], **m}
+            m = {**m, **m["flags"]}  # the flag where both have one: a sigma that was learned
             many = any(m.get(mode) for mode in ("tune", "ablate", "compare"))
             if wanted.items() <= m.items() and not many and (path or not m["fast"]):
                 found.append((file.stat().st_mtime, folder))

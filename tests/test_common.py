@@ -339,6 +339,11 @@ def test_find_run(digits, fails, capsys):
     capsys.readouterr()
     assert common.find_run("ae", "digits", latent_dim=3) == good.folder
     assert "runs/good" in capsys.readouterr().out
+    # a flag is meant, not the number of the same name that came out
+    common.save_json(good.folder / "metrics.json", {
+        **json.loads((good.folder / "metrics.json").read_text()), "latent_dim": 2.5})
+    assert common.find_run("ae", "digits", latent_dim=3) == good.folder
+    capsys.readouterr()
     assert common.find_run("vae", "digits") is None and capsys.readouterr().out == ""
     assert common.find_run("ae", "digits", "runs/fast", latent_dim=3).name == "fast"
     message = fails(2, common.find_run, "ae", "digits", "runs/size", latent_dim=3)
