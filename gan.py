@@ -9,9 +9,13 @@ Section 3 of the report: a GAN, what its losses can tell, and which model is the
     python gan.py --compare             AE, VAE and both GANs side by side as generators
     python gan.py --fast                smoke test in seconds
 
+FashionMNIST, 10,000 samples against the test images (results/gan*): Frechet distance 22.2 +- 0.7
+over three seeds with 211,650 parameters, in 11 minutes on one core beside another run; the
+report's recipe has 78, training images 0.1. The losses of both are at chance level.
+
 The judge of the samples is the newest CNN of finetune.py in runs/; without one, a brief training
-makes one. Its Frechet distances compare with no other judge's. Each run writes to a new folder in
-runs/.
+makes one. Its Frechet distances compare with no other judge's: here it is that of
+`python finetune.py`. Each run writes to a new folder in runs/.
 """
 
 import argparse

@@ -44,7 +44,7 @@ def numbers_in(value):
 
 
 def measured_rows():
-    """(cells, header, command) of the rows of numbers; command: in the row, or the last before."""
+    """(cells, header, command) of the rows of numbers; command: its own, or the last before it."""
     header = command = None
     for line in README.splitlines():
         named = re.findall(r"`(python \w+\.py[^`]*)`", line)
@@ -52,7 +52,7 @@ def measured_rows():
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             if not {"question", "files", "read", "the report says", "meaning"} & set(header) and (
                     "what happens" not in header):
-                yield cells, header, named[0] if named else command
+                yield cells, header, named[0] if named and "command" in header else command
         elif line.startswith("|"):
             header = header or [cell.strip() for cell in line.strip("|").split("|")]
         else:
@@ -127,6 +127,21 @@ def sentences():
         part["total_correlation"] for part in r["vae-sweep"]["sweep"])
     frechet = log("gan", "val_frechet")
     yield "the distance to real images falls from {:.0f} to {:.0f}", frechet[1], frechet[-1]
+    old, new = r["gan-report"], r["gan"]
+    yield "at {:.3f} and {}, and the samples are poor ({:.1f}, recall {})", old["d_loss"], point(
+        old["g_loss"], 3), old["frechet"], point(old["recall"], 2)
+    yield "with ours they end at {:.3f} and {}", new["d_loss"], point(new["g_loss"], 3)
+    yield "from {:.0f} after 50 epochs to {:.0f} after 100", *(
+        log("gan-report", "val_frechet")[i] for i in (49, 99))
+    yield "gradient ends at {}, ours at {}", *(point(m["g_gradient"][1], 2) for m in (old, new))
+    assert all(m["frechet"] < old["frechet"] / 2 and min(m["class_coverage"]) > 0.03
+               for m in (new, r["gan-seed1"], r["gan-seed2"]))
+    board = r["gan-compare"]["generators"]
+    yield "Frechet distance {:.1f}, and {:.1f} for the AE with latent 38", *(
+        board[f"{name}, reconstructions"]["frechet"] for name in ("VAE", "AE"))
+    yield "give {:.1f}, {:.1f} and {:.1f} after 3 epochs", *(
+        r["gan-ablate"]["ablation"][name]["val_frechet"] for name in (
+            "noise 8", "ours", "noise 128"))
     each = r["embed"]["methods"]["ae"]["class_accuracy"]
     yield ("finds {:.0%} of the bags, {:.0%} of the trousers, {:.0%} of the ankle boots, but "
            "{:.0%} of the coats and {:.0%} of the shirts"), *(
