@@ -10,6 +10,9 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 RUNS = {f.parent.name: json.loads(f.read_text()) for f in ROOT.glob("results/*/metrics.json")}
+# runs before the defaults changed: their commands mean something else now
+EARLIER = {f.parent.name: json.loads(f.read_text())
+           for f in ROOT.glob("results/earlier/*/metrics.json")}
 NOT_OURS = ("report", "price", "what learns")  # columns without numbers of the run
 
 
@@ -155,7 +158,7 @@ def sentences():
         value for loss, accuracy in (("test_loss", "test_accuracy"),
                                      ("mirror_val_loss", "mirror_val_accuracy"))
         for value in (100 * models[2][accuracy], point(models[2][loss], 3)))
-    tried = [r[name]["models"]["cnn"] for name in ("finetune-cnn-flip", "finetune-shift")]
+    tried = [EARLIER[name]["models"]["cnn"] for name in ("finetune-cnn-flip", "finetune-shift")]
     yield "flips only, 25 epochs, {:.1f} and {}; shifts, 30 epochs, {:.1f} and {}", *(
         value for m in tried for value in (100 * m["test_accuracy"], point(m["test_loss"], 3)))
     yield "on validation images: {:.1f} to {:.1f}, {:.1f} to {:.1f}", *(
@@ -163,7 +166,7 @@ def sentences():
             "val_accuracy", "mirror_val_accuracy"))
     yield "validation and training loss are {} and {} (encoder), {} and {} (CNN)", *(
         point(m[key], 3) for m in (models[0], models[2]) for key in ("val_loss", "seen_loss"))
-    flips = log("finetune-cnn-flip", "val_loss")
+    flips = log("earlier/finetune-cnn-flip", "val_loss")
     yield "the CNN's rises from epoch {} on, {} to {}", flips.index(min(flips)) + 1, *(
         point(value, 3) for value in (min(flips), flips[-1]))
     yield "{:.0%}, {:.0%} and {:.0%} of the shirts", *(m["per_class"][6] for m in models)
