@@ -150,6 +150,11 @@ def sentences():
            "{:.0%} of the coats and {:.0%} of the shirts"), *(
         each[c] for c in ("Bag", "Trouser", "Ankle boot", "Coat", "Shirt"))
     models = [r["finetune"]["models"][name] for name in ("ae", "resnet18-random", "cnn")]
+    few = r["finetune-labels"]["label_efficiency"]
+    yield "all three are equal, {:.1f}, {:.1f} and {:.1f}%", *(
+        100 * few[method]["100"]["mean"] for method in ("linear probe", "fine-tuned", "scratch"))
+    yield "the fine-tuned one, {:.1f} against {:.1%}", 100 * few["scratch"]["48000"]["mean"], (
+        few["fine-tuned"]["48000"]["mean"])
     yield "{:.1%}, but not quick", models[0]["test_accuracy"]
     yield "Confirmed: {:.1%}", models[2]["test_accuracy"]
     yield "The report's own 30 epochs at rate 0.0001, rotated and upside down, give {:.1%}", (
