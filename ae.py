@@ -670,7 +670,7 @@ if __name__ == "__main__":
 # 1. Would mirror images help so small a network? `--epochs 8` and `--epochs 8 --augment flip`.
 #    (.0119 and .0126: it has no room for shoes that point right)
 # 2. `--hidden 8 --epochs 8`: z still has 38 numbers. PCA with 38 has .0139, with 8 .0266. And this?
-#    (@@: z is a linear map of 8 units, its other 30 dimensions are a name only)
+#    (.0172: z is a linear map of 8 units, its other 30 dimensions are a name only)
 # 3. `--latent-dim 18`: half the code, twice the error? (.0122 instead of .0105)
 # 4. `--recipe first --dropout 0`: is it the latent size or the dropout? (.0123 instead of .0368)
 # 5. Plant a bug: delete `model.eval()` in reconstruct(). With `--dropout 0.5` every MSE in the log

@@ -579,7 +579,8 @@ if __name__ == "__main__":
 # 1. `--model ae --train head --epochs 10`: 390 weights learn, the encoder has never seen a label.
 #    How far does it get? (79.0 %)
 # 2. `--model ae --epochs 6 --augment KIND`, KIND shift, flip, none, report: no image in the test
-#    set is upside down. Which one hurts? (@@)
+#    set is upside down. Which one hurts? (87.6, 89.4, 89.3, 86.3 %: the last most. Shifts pay only
+#    over many epochs: 90.8 % after 80)
 # 3. `--model resnet18-random --train all --epochs 5`: what do layers cost that stay random?
 #    (@@)
 # 4. Plant a bug: model.train() instead of the first three lines of train_epoch(). All looks well,
