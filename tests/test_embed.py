@@ -233,9 +233,11 @@ def test_which_run_is_taken(fast_run, no_figures, monkeypatch):
     for name, change in (("fast", {}), ("size", {"fast": False, "latent_dim": 3})):
         shutil.copytree(fast_run[1] / "ae", f"runs/{name}")
         metrics = json.loads(Path(f"runs/{name}/metrics.json").read_text())
-        common.save_json(Path(f"runs/{name}/metrics.json"), {**metrics, **change})
+        common.save_json(Path(f"runs/{name}/metrics.json"), {
+            **metrics, "flags": {**metrics["flags"], **change}})
     assert taken() == {"ae", "vae"}
-    common.save_json(Path("runs/fast/metrics.json"), {**metrics, "fast": False})
+    common.save_json(Path("runs/fast/metrics.json"), {
+        **metrics, "flags": {**metrics["flags"], "fast": False}})
     assert taken() == {"vae"} and taken("--fast") == {"ae", "vae"}
     assert taken("--vae", str(fast_run[1] / "vae")) == set()
 
