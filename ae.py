@@ -392,13 +392,14 @@ def connect(where):
         file, lock = Path(where), JournalFileOpenLock(where)
         if file.is_file():
             lock.acquire()
-            journal = file.read_bytes()
-            if journal and b'"op_code"' not in journal.partition(b"\n")[0]:
+            try:
+                journal = file.read_bytes()
+                if journal and b'"op_code"' not in journal.partition(b"\n")[0]:
+                    raise ValueError("it is no journal of Optuna")
+                # a full disk leaves half a line, and the next one would be glued to it
+                os.truncate(file, journal.rfind(b"\n") + 1)
+            finally:
                 lock.release()
-                raise ValueError("it is no journal of Optuna")
-            # a full disk leaves half a line, and the next one would be glued to it
-            os.truncate(file, journal.rfind(b"\n") + 1)
-            lock.release()
         return optuna.storages.JournalStorage(JournalFileBackend(where, lock))
     try:
         return optuna.storages.RDBStorage(where)

@@ -50,6 +50,9 @@ def fail(message, status=2):
 # --------------------------------------------------------------------------- flags
 
 
+RUN_FLAGS = ("fast", "data", "data_dir", "out_dir", "seed", "device", "resume")  # of every script
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviated flags, and errors of one line."""
 
@@ -432,9 +435,6 @@ def restore(part, state_dict, folder):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         fail(f"the checkpoint in {folder} does not fit this model: was the script changed since? "
              "Start a new run")
-
-
-RUN_FLAGS = ("fast", "data", "data_dir", "out_dir", "seed", "device", "resume")  # of every script
 
 
 @contextmanager

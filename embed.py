@@ -236,7 +236,7 @@ def main(argv=None):
             accuracy, of_class = knn_accuracy(points, y)
             # are neighbours in the map neighbours as images, in Euclidean distance (not a person's
             # idea of alike)? 1: the 5 nearest points are the 5 nearest images, for all; by chance
-            # about .5 (Venna and Kaski 2001). N x N distances: 3.5 GB for 10,000
+            # .5 (Venna and Kaski 2001). N x N distances: 3.5 GB for 10,000 points
             trust = trustworthiness(pixels(x), points, n_neighbors=NEIGHBOURS)
             numbers |= {"knn_accuracy": accuracy, "trustworthiness": float(trust),
                         "places_new_points": name != "tsne",

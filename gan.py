@@ -558,7 +558,7 @@ def main(argv=None):
         netG.load_state_dict(run.best[0]["model"])
         n, real = len(data.x_test), features(judge, data.x_test)
         x = sample(netG, noise(n, args.noise_dim, 3, args.device))
-        # the judge was trained on most of these: a floor a little higher than that of new images
+        # the judge was trained on most of these, so this is not quite the floor of new images
         floor = judge_images(judge, x_train[:n], real)
         metrics = {**judge_images(judge, x, real), **{f"{k}_floor": v for k, v in floor.items()}}
         # closer to the training images than test images are: copies, or blur, for a smooth image
