@@ -1,31 +1,34 @@
-"""What the scripts share and none of them teaches: flags, data, splits, the run folder, plotting.
+"""What the scripts share: flags, data, splits, seeds, augmentation, the run's folder, plotting.
 
-Exit status everywhere: 0 done, 1 the training failed (a loss that is not finite, a full disk),
-2 wrong input, 130 interrupted. Each comes with one line on stderr.
+A lesson of its own are `seed_everything`, `splits`, `batches`, `augment` and `pca_reconstruct`; the
+rest is machinery that no training depends on. Exit status of every script: 0 done, 1 the training
+failed (a loss that is not finite, a full disk), 2 wrong input, 130 interrupted; each but the first
+with one line on stderr.
 """
 
 import argparse
+import ast
 import copy
-import gzip
 import hashlib
+import html
 import io
 import json
 import math
 import os
-import pickle
 import platform
+import re
 import shlex
+import socket
+import subprocess
 import sys
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
-from urllib.request import urlopen
 
 import matplotlib
 import numpy as np
@@ -36,7 +39,10 @@ import torchvision
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
-from sklearn.model_selection import StratifiedKFold, train_test_split
+from sklearn.manifold import TSNE
+from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict, train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from torchvision.datasets import FashionMNIST
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -47,21 +53,52 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
+def start(main):
+    """Run a script's main from the command line: what ends it early is one line and a status."""
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail(f"interrupted; {Run.go_on}", status=130)
+    except FloatingPointError as error:
+        fail(f"{error}: try a smaller --lr; the epochs before it are saved", status=1)
+    except OSError as error:
+        fail(f"cannot read or write ({error}); {Run.go_on}", status=1)
+    except (MemoryError, RuntimeError) as error:  # a GPU's "out of memory" is a RuntimeError
+        if not isinstance(error, MemoryError) and not any(
+                words in str(error) for words in ("out of memory", "allocate", "bad_alloc")):
+            raise  # a bug: its traceback is worth more than a line
+        fail("out of memory: try a smaller --batch-size or network, or --device cpu", status=1)
+
+
 # --------------------------------------------------------------------------- flags
 
 
-RUN_FLAGS = ("fast", "data", "data_dir", "out_dir", "seed", "device", "resume")  # of every script
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in --help, but for None: there the help itself says what happens."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, no abbreviated flags, and errors of one line."""
+    """argparse without abbreviated flags, and with errors of one line."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, doc):
+        super().__init__(description=(doc or "").partition("\n")[0], allow_abbrev=False,
+                         formatter_class=Formatter)
 
     def error(self, message):
         fail(f"{message} (see {self.prog} --help)")
+
+
+class Mode(NamedTuple):
+    """A flag that starts many trainings instead of one, and how the other flags go with it."""
+
+    own: tuple = ()     # flags that mean nothing without it
+    takes: tuple = ()   # others that may go with it; any other is refused, it would do nothing
+    defaults: dict = {}
 
 
 def number(kind, low, high):
@@ -75,118 +112,104 @@ def number(kind, low, high):
     return convert
 
 
-def folder(text):
+def path(text):
     """An argparse type: a path; an empty one (an unset variable in a shell) is refused."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
     return text
 
 
-def add_flags(parser, recipes, epochs, batch_size, lr, augment, folds=True):
-    """The flags of every script that trains, with its own recipes and defaults."""
+def add_training_flags(parser, recipes, folds=True, **defaults):
+    """The flags of every script that trains. defaults: of epochs, batch_size, lr, augment."""
     group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1, 10_000), default=defaults["epochs"],
+                       help="passes over the training images")
+    group.add_argument("--lr", type=number(float, 1e-8, 100), default=defaults["lr"],
+                       help="learning rate; where it follows a schedule, its peak")
+    group.add_argument("--batch-size", type=number(int, 1, 60_000), default=defaults["batch_size"],
+                       help="images per step: fewer make more, noisier steps")
+    group.add_argument("--augment", choices=("none", "flip", "shift", "erase", "report"),
+                       default=defaults["augment"], help="random change to each training image in "
+                       "each epoch: flip: left-right; shift: that and up to 2 pixels; erase: that "
+                       "and a black rectangle; report: its section 5, rotated and upside down")
     group.add_argument("--recipe", choices=recipes, default="best",
                        help="best: these defaults; others: the report's settings, see the script")
     if folds:
         group.add_argument("--folds", type=number(int, 1, 20), default=1,
                            help="1: one 80/20 split; k: k-fold cross validation")
-    group.add_argument("--epochs", type=number(int, 1, 10_000), default=epochs,
-                       help="passes over the training images")
-    group.add_argument("--batch-size", type=number(int, 1, 60_000), default=batch_size,
-                       help="images per step: fewer make more, noisier steps")
-    group.add_argument("--lr", type=number(float, 1e-8, 100), default=lr,
-                       help="learning rate; where it follows a schedule, its peak")
-    group.add_argument("--augment", choices=("none", "flip", "shift", "erase", "report"),
-                       default=augment, help="random change to each training image in each epoch: "
-                       "flip: left-right; shift: that and up to 2 pixels; erase: that and a black "
-                       "rectangle; report: as in its section 5, rotated and upside down")
-    add_run_flags(parser).add_argument(
-        "--resume", type=folder, metavar="DIR",
-        help="go on with the interrupted run in DIR, or redraw a finished one")
 
 
 def add_run_flags(parser):
-    """The flags of every script, also of one without epochs; returns their group."""
+    """The flags of every script."""
     group = parser.add_argument_group("run")
     group.add_argument("--fast", action="store_true",
                        help="smoke test: the real code, few images and steps, no download")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
+                       help="same command, seed, machine and number of threads: same numbers")
+    group.add_argument("--resume", type=path, metavar="DIR",
+                       help="go on with the interrupted run in DIR, or redraw a finished one")
+    group.add_argument("--out-dir", type=path, metavar="DIR",
+                       help="new or empty folder for the results; without it a new one in runs/")
     group.add_argument("--data", choices=("auto", "fashion", "digits"), default="auto",
                        help="auto: FashionMNIST if it can be had, else scikit-learn's digits")
-    group.add_argument("--data-dir", type=folder, default="data", metavar="DIR",
+    group.add_argument("--data-dir", type=path, default="data", metavar="DIR",
                        help="where FashionMNIST lies or is downloaded to")
-    group.add_argument("--out-dir", type=folder, metavar="DIR",
-                       help="folder for the results, new or empty; else a new one in runs/")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
-                       help="same command, same seed, same machine: same numbers")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                        help="auto: a GPU if there is one")
-    return group
 
 
-def parse(parser, script, argv, recipes, fast):
-    """Parse argv. An explicit flag wins over fast's defaults, those over the recipe's.
+# flags that --resume may change: no number depends on them, or what they name may have moved
+FREE = {"resume", "out_dir", "data_dir", "device", "storage", "encoder", "judge", "weights"}
 
-    recipes: {name: {flag: default}}, fast: {flag: default}; empty without training flags. With
-    --resume the flags are those of the run's checkpoint (it comes back as args.state); a flag that
-    contradicts them is refused, for the run would no longer be the one that was interrupted.
+
+def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=()):
+    """The flags as a Namespace. An explicit one wins over fast's, those over mode's and recipe's.
+
+    recipes: {name: {flag: default}}; fast: {flag: default}; modes: {flag: Mode}; redraw: flags that
+    change nothing but figures. --resume DIR parses the words that began that run, then the new
+    ones behind them: ranges are checked anew, and a flag that would change the training is refused.
     """
-    args = parser.parse_args(argv)
-    state, saved = None, {}
-    if "resume" in args and args.resume:
+    recipes, fast, modes = recipes or {"best": {}}, fast or {}, modes or {}
+    plain = vars(parser.parse_args([]))
+
+    def read(words):
+        parser.set_defaults(**plain)
+        args = parser.parse_args(words)
+        mode = next((m for m in modes if getattr(args, m)), None)
+        defaults = recipes[getattr(args, "recipe", "best")] | (
+            modes[mode].defaults if mode else {}) | (fast if args.fast else {})
+        parser.set_defaults(**defaults)
+        return parser.parse_args(words), mode, {**plain, **defaults}
+
+    words = sys.argv[1:] if argv is None else list(argv)
+    args, mode, defaults = read(words)
+    args.argv, args.begun = words, None
+    if args.resume:
         if args.out_dir:
             parser.error("--resume goes on in its own folder: leave --out-dir out")
-        state = load_checkpoint(Path(args.resume) / "checkpoint.pt", script)
-        saved = state["config"]["flags"]
-        if saved.keys() != vars(args).keys() - {"out_dir", "resume"}:
-            fail(f"{args.resume} is of another version of {script}.py: start a new run")
-        parser.set_defaults(**saved)
-    else:
-        if recipes:
-            parser.set_defaults(**recipes[args.recipe])
-        if args.fast:
-            parser.set_defaults(**fast)
-    args = parser.parse_args(argv)
-    for flag, value in saved.items():
-        free = flag in ("data_dir", "device", "dims", "start_class",  # these train nothing else
-                        "encoder", "judge")  # their run may have moved
-        if not free and getattr(args, flag) != value:
-            parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: "
-                         "leave it out, or start a new run")
-    refuse_used(args)
+        begun = read_config(args.resume, script)
+        before = read(begun["argv"])[0]
+        args, mode, defaults = read([*begun["argv"], *words])
+        for flag, value in vars(before).items():
+            if getattr(args, flag) != value and flag not in {*FREE, *redraw}:
+                parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: leave it "
+                             "out, or start a new run")
+        if getattr(args, "storage", None) and "--storage" not in " ".join(words):
+            parser.error(f"--resume opens no study by itself: add --storage {args.storage}")
+        args.argv, args.begun, args.out_dir = begun["argv"], begun, None
+        args.data = begun["data"]  # what auto found when the run began
+
+    changed = {flag for flag, value in vars(args).items()
+               if flag in plain and value != defaults[flag]}
+    shared = {"fast", "seed", "data", *FREE} - {"storage"}
+    for name, (own, takes, _) in modes.items():
+        others = changed & {*own} if name != mode else changed - {*own, *takes, *shared, name}
+        for flag in sorted(others):
+            parser.error(f"--{flag.replace('_', '-')} "
+                         f"{'does not go' if name == mode else 'goes only'} with --{name}")
     args.device = pick_device(args.device)
-    args.script, args.state = script, state
-    args.program = sys.argv[0] if sys.argv[0].endswith(f"{script}.py") else f"{script}.py"
-    words = sys.argv[1:] if argv is None else argv
-    args.command = shlex.join(["python", args.program, *words])
+    args.script, args.typed = script, argv is None
     return args
-
-
-def refuse_used(args):
-    """Exit 2 where --out-dir is neither new nor empty."""
-    with suppress(OSError):  # not there, or not to be read: Run says what is wrong
-        if args.out_dir and any(Path(args.out_dir).iterdir()):
-            fail(f"--out-dir {args.out_dir} is not empty: name a new folder" + (
-                f", or go on with what is there by --resume {args.out_dir}"
-                if "resume" in args else ""))
-
-
-def refuse_others(parser, argv, mode, allowed):
-    """Exit 2 where argv changes a flag that is not for this mode: it would silently do nothing."""
-    for name, value in vars(parser.parse_args(argv)).items():
-        if name not in (*RUN_FLAGS, *allowed) and value != parser.get_default(name):
-            parser.error(f"{mode} and --{name.replace('_', '-')}: choose one")
-
-
-def start(main):
-    """Run a script's main; what ends it outside of a Run is one line too."""
-    if sys.stdout:  # None where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
-    try:
-        main()
-    except KeyboardInterrupt:
-        fail("interrupted; repeat the command", status=130)
-    except OSError as error:  # standard output closed or full
-        fail(f"cannot write ({error})", status=1)
 
 
 def pick_device(name):
@@ -198,31 +221,16 @@ def pick_device(name):
     return name if there[name] else fail(f"--device {name}: this machine has none; try auto")
 
 
-def seed_everything(*numbers):
-    """Seed torch's global generators (weights, dropout, noise); return a CPU generator.
-
-    The generator is for what must not depend on the device (shuffling, augmentation). An epoch
-    calls this with (seed, fold, epoch): its draws follow from these three numbers alone, so a
-    resumed run needs no stored generator states to repeat them.
-    """
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    torch.backends.cudnn.deterministic = True  # costs a little speed on CUDA, none elsewhere
-    torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed)
-
-
 # --------------------------------------------------------------------------- data
 
-CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-           "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SHA256 = {  # of the extracted files: torchvision only looks whether they exist
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-MIRRORS = (*torchvision.datasets.FashionMNIST.mirrors,
-           "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/")
+MIRRORS = ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+           *FashionMNIST.mirrors)
 
 
 class Data(NamedTuple):
@@ -239,115 +247,132 @@ class Data(NamedTuple):
 def load_data(args):
     """The data that --data, --data-dir and --fast ask for, on args.device; exit 2 if not to be had.
 
-    Sets args.data to what was loaded, so that a resumed run gets the same.
+    Sets args.data to what was loaded. Your own images: return a Data of them here. Nothing else
+    knows how many classes there are, or how many images.
     """
-    arrays = None
     if args.data != "digits":
         try:
-            arrays = read_fashion(Path(args.data_dir) / "FashionMNIST" / "raw", not args.fast)
+            name, classes, *arrays = read_fashion(Path(args.data_dir), download=not args.fast)
         except LookupError as problem:
             if args.data == "fashion":
                 fail(f"{problem}; --data digits needs no download")
             print(f"{problem}: using scikit-learn's 1,797 digits instead")
-    args.data = "fashion" if arrays else "digits"
-    name, classes = ("FashionMNIST", CLASSES) if arrays else ("digits", tuple("0123456789"))
-    x_train, y_train, x_test, y_test = (
-        torch.tensor(array).to(args.device) for array in arrays or read_digits())
-    if args.fast:
-        x_train, y_train, x_test, y_test = (
-            x_train[:1000], y_train[:1000], x_test[:300], y_test[:300])
-    return Data(name, classes, x_train.unsqueeze(1), y_train, x_test.unsqueeze(1), y_test)
+            args.data = "digits"
+    if args.data == "digits":
+        name, classes, *arrays = read_digits()
+    else:
+        args.data = "fashion"
+    few = (1000, 1000, 300, 300) if args.fast else (None,) * 4
+    return Data(name, classes, *(a[:n].to(args.device) for a, n in zip(arrays, few, strict=True)))
 
 
 def read_digits():
-    """scikit-learn's digits as arrays (x_train, y_train, x_test, y_test), x (N, 28, 28)."""
+    """scikit-learn's digits, blown up from 8x8, as the fields of Data."""
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)
-    x = F.interpolate(x, size=(28, 28), mode="bilinear")[:, 0].numpy()
-    x_train, x_test, y_train, y_test = train_test_split(
-        x, y, test_size=0.2, stratify=y, random_state=0)  # fixed: no --seed changes the test set
-    return x_train, y_train, x_test, y_test
+    x = F.interpolate(x, size=(28, 28), mode="bilinear")
+    train, test = train_test_split(  # fixed: no --seed changes the test set
+        np.arange(len(x)), test_size=0.2, stratify=y, random_state=0)
+    y = torch.tensor(y)
+    return "digits", tuple("0123456789"), x[train], y[train], x[test], y[test]
 
 
-def read_fashion(raw, download):
-    """FashionMNIST in the folder raw as arrays (x_train, y_train, x_test, y_test), x (N, 28, 28).
+def read_fashion(folder, download):
+    """FashionMNIST in folder/FashionMNIST/raw, as the fields of Data, if its files are whole.
 
-    What is missing or damaged is downloaded if download is set. LookupError where it stays so.
+    What is missing or damaged torchvision downloads, or unpacks from a .gz beside it; it compares
+    archives with their MD5 sums, but takes any extracted file. LookupError where one stays damaged.
     """
-    arrays = []
-    for name, digest in SHA256.items():
-        content = read_verified(raw / name, digest, download)  # so its header is right too
-        arrays.append(
-            np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28) / np.float32(255)
-            if "images" in name else np.frombuffer(content, np.uint8, offset=8).astype(np.int64))
-    return arrays
+    def damaged():
+        return [f for f in files if not f.is_file()  # a pipe, say, which would be waited for
+                or hashlib.sha256(f.read_bytes()).hexdigest() != SHA256[f.name]]
 
+    def source(*mirrors):  # never from processed/*.pt, which early versions of torchvision left
+        return type("FashionMNIST", (FashionMNIST,), {
+            "mirrors": mirrors, "_check_legacy_exist": lambda self: False})
 
-def read_verified(path, digest, download):
-    """The content of path, of path.gz or of a download, whichever first has this SHA-256."""
-    sources = [path.read_bytes, lambda: gzip.decompress(Path(f"{path}.gz").read_bytes())]
+    files = [folder / "FashionMNIST" / "raw" / name for name in SHA256]
+    bad, problem = damaged(), "--fast downloads nothing"
     if download:
-        sources += [partial(fetch, f"{mirror}{path.name}.gz") for mirror in MIRRORS]
-    for source in sources:
-        try:
-            content = source()
-            if hashlib.sha256(content).hexdigest() == digest:
-                if isinstance(source, partial):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic(path) as f:  # a damaged file gives way only to a whole one
-                        f.write(content)
-                return content
-            problem = "wrong content"
-        except (OSError, EOFError, zlib.error, HTTPException) as error:
-            problem = error
-    raise LookupError(f"{path} is missing or damaged" + (
-        f" and could not be downloaded ({problem})" if download else " (--fast downloads nothing)"))
+        socket.setdefaulttimeout(10)  # seconds without an answer: torchvision waits for ever
+        for mirror in MIRRORS if bad else ():
+            try:
+                for file in filter(Path.exists, bad):
+                    file.replace(f"{file}.damaged")  # it is not ours to delete
+                source(mirror)(folder, download=True)
+            except (OSError, RuntimeError, ValueError, HTTPException, EOFError, zlib.error) as why:
+                problem = f"could not be downloaded: {' '.join(str(why).split())}"
+            bad = damaged()
+        socket.setdefaulttimeout(None)
+    if bad:
+        raise LookupError(f"{bad[0]} is missing or damaged ({problem})")
+    train, test = source()(folder), source()(folder, train=False)
+    return "FashionMNIST", tuple(train.classes), *(tensor for part in (train, test) for tensor in (
+        part.data.unsqueeze(1) / 255, part.targets))
 
 
-def fetch(url):
-    """Download and unpack a .gz file."""
-    print(f"downloading {url}", flush=True)
-    with urlopen(url, timeout=10) as response:  # seconds without an answer
-        return gzip.decompress(response.read())
+def seed_everything(*numbers):
+    """Seed torch's global generators (first weights, dropout); return a CPU generator.
+
+    The generator is for all that is drawn by hand (order, augmentation, noise): on the CPU, so that
+    it does not depend on the device. An epoch calls this with (seed, fold, epoch): its draws follow
+    from these three numbers alone, so an interrupted run repeats them without stored states.
+    SeedSequence mixes the numbers; adding them up would make seed 1, epoch 2 draw like seed 2,
+    epoch 1.
+    """
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.backends.cudnn.deterministic = True  # costs a little speed on CUDA, none elsewhere
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
 def splits(y, folds, seed):
     """[(training indices, validation indices)]: one stratified 80/20 split, or stratified k-fold.
 
-    y: (N,) class labels. Indices are int64 tensors on the CPU, disjoint; over k folds the
-    validation parts cover everything once.
+    y: (N,) class labels. Stratified: each part has the classes in the proportions of the whole, so
+    that a fold without sandals is no reason for a bad fold. Over k folds the validation parts cover
+    everything once. Indices are int64 tensors on the CPU, disjoint; the test set is none of them.
     """
     y = y.cpu().numpy()
-    if folds == 1:
-        pairs = [train_test_split(np.arange(len(y)), test_size=0.2, stratify=y, random_state=seed)]
-    else:
+    if folds > 1:
         pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)
+    else:  # a class of one image cannot be in both parts
+        stratify = y if np.unique(y, return_counts=True)[1].min() > 1 else None
+        pairs = [train_test_split(np.arange(len(y)), test_size=0.2, stratify=stratify,
+                                  random_state=seed)]
     return [tuple(torch.tensor(part) for part in pair) for pair in pairs]
 
 
-def batches(n, batch_size, generator, device="cpu"):
+def batches(n, batch_size, rng, device="cpu"):
     """One epoch's minibatches: index tensors (B,) in a new random order, with a progress bar.
 
-    The order is drawn on the CPU, so it is the same on every device.
+    The whole data set is one tensor, so a batch is x[idx]: no image is opened, converted or copied
+    one by one, which is what a DataLoader would spend more time on than on the training. The last
+    batch is smaller, so a mean over batches is not the mean over images.
     """
-    order = torch.randperm(n, generator=generator).to(device)
-    return tqdm(order.split(batch_size), disable=None, leave=False)  # None: only on a terminal
+    order = torch.randperm(n, generator=rng).to(device)
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(order.split(batch_size), disable=not terminal, leave=False)
 
 
-def augment(x, kind, generator):
+def augment(x, kind, rng):
     """Change each image of x (B, 1, 28, 28) by a draw of its own.
 
     kind: "none"; "flip", left-right with probability 1/2; "shift", flipped likewise and moved by
     up to 2 pixels; "erase", shifted likewise and a rectangle of up to 12 x 12 pixels blackened
     (Zhong et al., arXiv 1708.04896); "report", rotated by up to 15 degrees (our guess: the report
     gives no angle) and flipped upside down with probability 1/2.
+
+    A shift or rotation is a 2 x 3 matrix [cos -sin right; sin cos down] for each image. Applied to
+    the place of an output pixel, in coordinates from -1 to 1, it says where in the input to look;
+    affine_grid lists these places and grid_sample looks there, between four pixels if need be.
     """
     if kind == "none":
         return x
-    flipped = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device) < 0.5
+    flipped = torch.rand(len(x), 1, 1, 1, generator=rng).to(x.device) < 0.5
     if kind != "flip":
-        angle = (torch.rand(len(x), generator=generator) * 2 - 1) * math.radians(15)
-        right, down = torch.randint(-2, 3, (2, len(x)), generator=generator) / 14  # 28 pixels are 2
+        angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
+        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # 28 pixels are 2
         angle, right, down = (angle, 0 * right, 0 * down) if kind == "report" else (
             0 * angle, right, down)
         move = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1)
@@ -356,292 +381,321 @@ def augment(x, kind, generator):
     x = torch.where(flipped, x.flip(2 if kind == "report" else 3), x)
     if kind == "erase":
         (y0, x0), (height, width) = (
-            scale * torch.rand(2, len(x), 1, 1, 1, generator=generator).to(x.device)
+            scale * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)
             for scale in (28, 6))  # centres; halves of the sides
         i = torch.arange(28, device=x.device)
         x = x.masked_fill(((i[:, None] - y0).abs() < height) & ((i - x0).abs() < width), 0)
     return x
 
 
-def in_batches(function, x, size=100):
+def in_batches(function, x):
     """function(x) for x (N, ...), in parts, order kept. 100 images stay in a CPU's cache."""
-    return torch.cat([function(part) for part in x.split(size)])
+    return torch.cat([function(part) for part in x.split(100 if x.device.type == "cpu" else 2000)])
+
+
+def pixels(x):
+    """x (N, 1, 28, 28) as an array (N, 784) for scikit-learn."""
+    return x.flatten(1).cpu().double().numpy()
 
 
 def pca_reconstruct(x_train, x_test, k):
     """x_test (N, 1, 28, 28) rebuilt from its first k principal components, fitted on x_train.
 
-    The best linear autoencoder there is: what any other has to beat.
+    Of all linear maps to k numbers and back, PCA loses the least squared error on the images it was
+    fitted on (Eckart and Young 1936). So this is the best linear autoencoder: what any network with
+    a latent space of k has to beat. Fitted on test images it would know too much.
     """
-    pca = PCA(min(k, len(x_train)), svd_solver="covariance_eigh")
-    pca.fit(x_train.flatten(1).cpu().double().numpy())
-    x_hat = pca.inverse_transform(pca.transform(x_test.flatten(1).cpu().double().numpy()))
+    pca = PCA(min(k, len(x_train)), svd_solver="covariance_eigh").fit(pixels(x_train))
+    x_hat = pca.inverse_transform(pca.transform(pixels(x_test)))
     return torch.tensor(x_hat, dtype=torch.float32, device=x_test.device).view_as(x_test)
 
 
-# --------------------------------------------------------------------------- run folder
+def knn_accuracy(points, y):
+    """Do the classes keep apart? How often the 5 nearest points (N, D) vote for the truth.
+
+    Returns the accuracy and that of each class, {class: accuracy}, both 5-fold: each point is asked
+    once, and the other four fifths vote. The points have no order, so the folds need no shuffling.
+    """
+    vote = KNeighborsClassifier(5)
+    right = cross_val_predict(vote, points, y, cv=KFold(5)) == y
+    return right.mean().item(), {c: right[y == c].mean().item() for c in np.unique(y).tolist()}
+
+
+# --------------------------------------------------------------------------- the run's folder
 
 
 @contextmanager
-def atomic(path):
-    """Write to a temporary file that replaces path only once it is complete and on the disk."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may download at once
+def atomic(file):
+    """Write to a temporary file that replaces `file` only once it is complete and on the disk."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # two runs may download at once
     try:
         with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        for wait in (0.1, 0.2, 0.3, 0.4):
+            try:
+                return os.replace(temporary, file)
+            except PermissionError:  # Windows, while somebody has the file open
+                time.sleep(wait)
+        os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_json(path, value):
+def save_json(file, value):
     """Strict JSON (nan and inf raise ValueError), written atomically."""
-    with atomic(path) as f:
+    with atomic(file) as f:
         f.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def load_checkpoint(path, script):
-    """The state that Run saved; exit 2 where it is missing, damaged, foreign or malicious."""
+def read_config(folder, script):
+    """config.json of a run of this script; exit 2 where there is none."""
+    file = Path(folder) / "config.json"
     try:
-        with zipfile.ZipFile(path) as archive:
+        if not file.is_file():
+            fail(f"{folder} is no folder of a run: it has no config.json")
+        config = json.loads(file.read_text())
+        if config["script"] != script:
+            fail(f"{folder} is a run of {config['script']}.py, not of {script}.py")
+        if all(isinstance(word, str) for word in (*config["argv"], config["data"])):
+            return config
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    fail(f"{file} is damaged or of another version: name another run, or start a new one")
+
+
+def save_checkpoint(file, things, **rest):
+    """Write things {name: whatever has a state_dict()} and the rest, plain lists and numbers."""
+    buffer = io.BytesIO()  # torch.save itself would hide a full disk behind a RuntimeError
+    torch.save({"things": {k: t.state_dict() for k, t in things.items()}, "rest": rest}, buffer)
+    with atomic(file) as f:
+        f.write(buffer.getbuffer())
+
+
+def load_checkpoint(file, things):
+    """Restore things {name: whatever has load_state_dict()} from a checkpoint; return the rest.
+
+    Exit 2 where the file is damaged, would run code, or does not fit.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
             if archive.testzip():  # torch.load does not compare the CRC sums
                 raise zipfile.BadZipFile("CRC mismatch")
-        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-    except FileNotFoundError:
-        fail(f"{path} does not exist (a run writes it after each epoch): name another run")
-    except OSError as error:
-        fail(f"cannot read {path} ({error.strerror}): name the folder of a run")
-    except pickle.UnpicklingError:
-        fail(f"{path} holds more than plain tensors and numbers: refused, it could run code")
-    except Exception:  # whatever else garbage makes the zip file and pickle readers raise
-        fail(f"{path} is damaged: name another run, or start a new one")
-    types = {"config": dict, "fold": int, "epoch": int, "history": list, "best": dict,
-             "parts": dict}
-    if not isinstance(state, dict) or any(
-            not isinstance(state.get(key), kind) for key, kind in types.items()):
-        fail(f"{path} is no checkpoint of these scripts")
-    made_by, flags = state["config"].get("script"), state["config"].get("flags")
-    if made_by != script or not isinstance(flags, dict):
-        fail(f"{path} was saved by {made_by}.py, not by {script}.py")
-    return state
+        state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+        for name, thing in things.items():
+            thing.load_state_dict(state["things"][name])
+        return state["rest"]
+    except Exception as error:  # whatever garbage makes the readers raise
+        fail(f"{file} is damaged, or of another version of the script ({type(error).__name__}: "
+             f"{str(error)[:200]}): name another run, or start a new one")
 
 
-def restore(part, state_dict, folder):
-    """part.load_state_dict(state_dict), from the run in folder; exit 2 where it does not fit."""
-    try:
-        part.load_state_dict(state_dict)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        fail(f"the checkpoint in {folder} does not fit this model: was the script changed since? "
-             "Start a new run")
+def digest(script):
+    """Six letters that change when a training of this script may: with its classes and functions.
 
-
-@contextmanager
-def reading(folder):
-    """Exit 2 where what stands in a run's files is not what this version writes."""
-    try:
-        yield
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        fail(f"the run in {folder} is damaged or of another version ({type(error).__name__}: "
-             f"{error}): name another, or train a new one")
-
-
-def find_run(script, data, path=None, runs="runs", **wanted):
-    """The folder of a finished run: path, or the newest in runs; None where there is none.
-
-    Only runs of this script, on this data ("fashion", "digits") and with the wanted flags or
-    metrics count, like latent_dim=38, and --fast ones only as a path; of searches and comparisons
-    none, for they hold many models or none. A path that does not fit is exit 2.
+    Not with comments, and not with what only draws or prints.
     """
-    wanted = {"script": script, "data": data, **wanted}
-    found = []
-    for folder in [Path(path)] if path else Path(runs).glob("*/"):
-        # unfinished, or no run at all
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            file = folder / "metrics.json"
-            m = json.loads(file.read_text())
-            m = {**m, **m["flags"]}  # the flag where both have one: a sigma that was learned
-            many = any(m.get(mode) for mode in ("tune", "ablate", "compare"))
-            if wanted.items() <= m.items() and not many and (path or not m["fast"]):
-                found.append((file.stat().st_mtime, folder))
-    if found:
-        print(f"using {max(found)[1]}, a run of {script}.py")
-        return max(found)[1]
-    return path and fail(f"{path} is not a finished training of {script}.py with " + ", ".join(
-        f"{key} {value}" for key, value in list(wanted.items())[1:]))
+    tree = ast.parse((Path(__file__).parent / f"{script}.py").read_text(encoding="utf-8"))
+    code = [ast.dump(node) for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)
+            and not node.name.startswith(("draw_", "print_", "main"))]
+    return hashlib.sha256("".join(code).encode()).hexdigest()[:6]
 
 
-def made_by(script, flags):
-    """What find_run wants of a run that `python SCRIPT.py FLAGS` made, whatever its RUN_FLAGS."""
-    return {k: v for k, v in vars(script.parse_args(flags)).items()
-            if k not in (*RUN_FLAGS, "script", "state", "program", "command")}
-
-
-def find_or_train(script, args, flags, path=None, **wanted):
-    """The folder of a run that fits (see find_run); where there is none, script.main trains one.
-
-    script: a module. wanted: None given, a run of exactly these flags. args: the caller's, after
-    load_data; with its --fast, a --fast run is trained in any case.
-    """
-    name, folder = Path(script.__file__).stem, None  # __name__ may be "__main__"
-    if path or not args.fast:
-        folder = find_run(name, args.data, path, **(
-            wanted or ({} if path else made_by(script, flags))))
-    if not folder:
-        flags = ["--fast", *flags] if args.fast else flags
-        print(f"no run that fits: {shlex.join(['python', f'{name}.py', *flags])} comes first",
-              flush=True)
-        folder = script.main([*flags, "--data", args.data, "--data-dir", args.data_dir,
-                              "--seed", str(args.seed), "--device", args.device])["folder"]
-    return str(folder)
+def shell(*words):
+    """A command that can be pasted, whatever the folder is called."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 class Run:
-    """The folder of one run: config.json, log.jsonl, checkpoint.pt, metrics.json, figures.
+    """The folder of a run: config.json, log.jsonl, metrics.json, index.html, figures, checkpoints.
 
-    Used as `with Run(args, data, select="val_mse") as run`: inside, a Ctrl-C, a full disk or a
-    loss that is not finite ends in one line, with what was saved and how to go on. Attributes:
-    folder; history, one dict per epoch; best, {fold: {"epoch", select, "model": state_dict}}.
+    A part is one of several networks that a run trains one after the other: a fold, a beta, a
+    variant. Each has a checkpoint of its own, PART.pt, with its history and its best weights.
     """
 
-    def __init__(self, args, data, select=None):
-        self.args, self.select, self.state = args, select, args.state
-        self.fold = self.epoch = 0
-        self.history = self.state["history"] if self.state else []
-        self.best = self.state["best"] if self.state else {}
-        self.folder = Path(args.resume) if self.state else self.new_folder()
-        flags = {k: v for k, v in vars(args).items()
-                 if k not in ("script", "state", "program", "command", "out_dir", "resume")}
-        gpu = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
+    go_on = "repeat the command"  # what start() advises whoever is interrupted
+
+    def __init__(self, args, data, columns=()):
+        """columns: the numbers of an epoch to print; log.jsonl has all of them."""
+        self.args, self.columns, self.history, self.captions = args, columns, [], {}
+        machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+                   + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
+        modules = (torch, torchvision, np, sklearn, matplotlib)
         self.config = {
-            "script": args.script, "flags": flags, "data": args.data, "seed": args.seed,
-            "command": self.state["config"]["command"] if self.state else args.command,
-            "device": args.device,
-            "machine": f"{platform.system()} {platform.machine()}, "
-                       f"{torch.get_num_threads()} CPU threads{gpu}",
-            "versions": {"python": platform.python_version(), **{
-                m.__name__: str(m.__version__)
-                for m in (torch, torchvision, np, sklearn, matplotlib)}}}
-        try:
-            if not self.state:
-                save_json(self.folder / "config.json", self.config)
-        except OSError as error:
-            fail(f"cannot write to {self.folder} ({error.strerror}): name another with --out-dir")
+            "script": args.script, "command": shell("python", f"{args.script}.py", *args.argv),
+            "argv": args.argv, "data": args.data, "seed": args.seed, "device": args.device,
+            "flags": {k: v for k, v in vars(args).items()
+                      if k not in ("argv", "begun", "script", "typed", "out_dir", "resume")},
+            "machine": machine, "source": digest(args.script),
+            "versions": {"python": platform.python_version(),
+                         **{m.__name__: str(m.__version__) for m in modules}}}
+        self.folder = Path(args.resume) if args.begun else self.new_folder()
+        self.again = shell("python", sys.argv[0] if args.typed else f"{args.script}.py",
+                           "--resume", str(self.folder))
+        if args.typed:  # not where another script asked for this training: its command is repeated
+            Run.go_on = f"go on with: {self.again}"
         print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
-              f"{args.device}; writing to {self.folder}", flush=True)
+              f"{args.device}; {machine}; writing to {self.folder}", flush=True)
+        changed = [key for key in ("source", "machine", "versions")
+                   if args.begun and args.begun.get(key) != self.config[key]]
+        if changed:
+            print(f"warning: since this run began its {' and '.join(changed)} changed: its numbers "
+                  "may not be those of an uninterrupted one", file=sys.stderr)
+        self.config = args.begun or self.config
 
     def new_folder(self):
         """--out-dir, refused unless new or empty; or runs/SCRIPT-TIME, new in any case."""
-        out = self.args.out_dir
+        name = self.args.out_dir or time.strftime(f"runs/{self.args.script}-%Y%m%d-%H%M%S")
         try:
-            if out:
-                Path(out).mkdir(parents=True, exist_ok=True)
-                refuse_used(self.args)  # again: a training may lie between parse() and this
-                return Path(out)
-            name = time.strftime(f"runs/{self.args.script}-%Y%m%d-%H%M%S")
             for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-                with suppress(FileExistsError):  # another run of this very second
-                    Path(name + suffix).mkdir(parents=True)
-                    return Path(name + suffix)
-            fail(f"{name} and 98 more are there already: name a folder with --out-dir")
+                folder = Path(name + suffix)
+                folder.mkdir(parents=True, exist_ok=True)
+                if not any(folder.iterdir()):
+                    with open(folder / "config.json", "x") as f:  # x: no other run took it just now
+                        json.dump(self.config, f, indent=2)
+                    return folder
+                if self.args.out_dir:
+                    fail(f"--out-dir {shell(name)} is not empty: name a new folder, or go on with "
+                         f"the run in it by --resume {shell(name)}")
         except OSError as error:
-            fail(f"cannot create {out or 'runs'} ({error.strerror}): name another with --out-dir")
+            fail(f"cannot write to {name} ({error.strerror}): name another with --out-dir")
 
-    def epochs(self, fold, seeds, epochs=None, **parts):
-        """Yield (epoch, generator) for each epoch of this fold that is still to be trained.
+    def resume(self, part, epochs=None, **things):
+        """Begin a part, or go on with it; returns the first of its epochs still to be trained.
 
-        seeds: numbers that, with the epoch, decide its draws. epochs: how many, else --epochs.
-        parts: model=, optimizer=, ..., whatever has a state_dict(): restored first where the
-        checkpoint stands in this fold, and saved by end_epoch.
+        things: model=, optimizer=, ..., whatever has a state_dict(): restored here from the last
+        checkpoint, saved by end_epoch(). For a part that is finished it returns epochs + 1.
         """
-        self.fold, self.parts, first = fold, parts, 1
-        self.total = epochs or self.args.epochs
-        if self.state and fold < self.state["fold"]:
-            return  # finished before the interruption
-        if self.state and fold == self.state["fold"]:
-            first = self.state["epoch"] + 1
-            for name, part in parts.items():
-                restore(part, self.state["parts"].get(name), self.folder)
-        for epoch in range(first, self.total + 1):
-            self.epoch = epoch
-            yield epoch, seed_everything(*seeds, epoch)
+        self.part, self.things, self.epochs = part, things, epochs or self.args.epochs
+        self.checkpoint = self.folder / f"{re.sub('[^a-zA-Z0-9.+]+', '-', part)}.pt"
+        self.rows, self.images, self.best = [], [], {}  # of this part
+        if self.checkpoint.exists():
+            rest = load_checkpoint(self.checkpoint, things)
+            self.rows, self.images, self.best = rest["rows"], rest["images"], rest["best"]
+        if not self.history:
+            print(f"{'part':22}{'epoch':>9}", *(f"{c:>12}" for c in self.columns),
+                  f"{'seconds':>8}{'left':>8}")
+        self.history += self.rows
+        self.clock = time.perf_counter()
+        return len(self.rows) + 1
 
-    def end_epoch(self, **row):
-        """Log the epoch's numbers, keep the best weights, write the checkpoint.
+    def end_epoch(self, score, images=None, **row):
+        """Log the epoch's numbers, keep the best weights of the model, save what resume() restores.
 
-        Without a number to select by in the row, the newest weights count as the best.
+        score: lower is better, on validation data. images: kept beside the row, in self.images.
         """
+        epoch, seconds = len(self.rows) + 1, time.perf_counter() - self.clock
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at the end")
-        row = {"fold": self.fold, "epoch": self.epoch, **row}
+                raise FloatingPointError(f"{name} is {value} after epoch {epoch}")
+        row = {"part": self.part, "epoch": epoch, **row, "seconds": seconds}
+        self.rows.append(row)
         self.history.append(row)
-        score = row.get(self.select, -self.epoch)
-        if self.fold not in self.best or score < self.best[self.fold][self.select]:
-            self.best[self.fold] = {  # a copy: state_dict() holds references, which train on
-                "epoch": self.epoch, self.select: score,
-                "model": copy.deepcopy(self.parts["model"].state_dict())}
-        with atomic(self.folder / "log.jsonl") as f:
-            f.writelines((json.dumps(r, allow_nan=False) + "\n").encode() for r in self.history)
-        buffer = io.BytesIO()  # torch.save itself would hide a full disk behind a RuntimeError
-        torch.save({"config": self.config, "fold": self.fold, "epoch": self.epoch,
-                    "history": self.history, "best": self.best,
-                    "parts": {k: p.state_dict() for k, p in self.parts.items()}}, buffer)
-        with atomic(self.folder / "checkpoint.pt") as f:
-            f.write(buffer.getbuffer())
-        fold = f"fold {self.fold + 1}  " if getattr(self.args, "folds", 1) > 1 else ""
-        if "model" in row:  # its name says more than a number
-            fold = ""
-        print(f"{fold}epoch {self.epoch:3d}/{self.total}  " + "  ".join(
-            v if isinstance(v, str) else f"{k} {v:.5g}" for k, v in list(row.items())[2:]),
-            flush=True)
+        self.images += [] if images is None else [images.cpu()]
+        if not self.best or score < self.best["score"]:
+            self.best = {"score": score, "epoch": epoch,  # state_dict() holds references: copy them
+                         "model": copy.deepcopy(self.things["model"].state_dict())}
+        save_checkpoint(self.checkpoint, self.things, rows=self.rows, images=self.images,
+                        best=self.best)
+        self.write_log()
+        left = (self.epochs - epoch) * seconds
+        print(f"{self.part:22.22}{f'{epoch}/{self.epochs}':>9}", *(
+            f"{row[c]:12.5g}" if c in row else f"{'':12}" for c in self.columns),
+            f"{seconds:8.1f}{left // 60:5.0f}:{left % 60:02.0f}", flush=True)
+        self.clock = time.perf_counter()
 
-    def finish(self, metrics):
-        """Write metrics.json (the metrics, then config.json's content); return the metrics."""
+    def write_log(self):
+        """log.jsonl: a line for each epoch of each part."""
+        with atomic(self.folder / "log.jsonl") as f:
+            f.writelines((json.dumps(row, allow_nan=False) + "\n").encode() for row in self.history)
+
+    def load_best(self, model):
+        """Give the model the weights of the part's best epoch, by validation score."""
+        model.load_state_dict(self.best["model"])
+
+    def save(self, fig, name, caption):
+        """Write a figure; caption: what to look for in it, for index.html."""
+        fig.savefig(self.folder / f"{name}.png", dpi=120)
+        self.captions[name] = caption
+
+    def finish(self, metrics, summary, model=None):
+        """Write metrics.json and index.html, say the result; returns the metrics.
+
+        metrics: config.json's content is added. summary: lines of text. model: the network that the
+        figures show, for load_run().
+        """
         if self.history:
-            metrics = {"epochs": self.args.epochs, "seconds_per_epoch": median(
-                r["seconds"] for r in self.history), **metrics}
+            self.write_log()
+            metrics = {"epochs": self.epochs, "seconds_per_epoch": median(
+                row["seconds"] for row in self.history), **metrics}
+        if model is not None:
+            save_checkpoint(self.folder / "model.pt", {"model": model})
         metrics = {"folder": str(self.folder), "fast": self.args.fast, **metrics, **self.config}
         save_json(self.folder / "metrics.json", metrics)
-        losses = [r["train_loss"] for r in self.history
-                  if r["fold"] == self.fold and "train_loss" in r]  # a GAN's fall to no purpose
-        if self.args.fast and len(losses) > 1:
-            verdict = "fell" if losses[-1] < losses[0] else "DID NOT FALL"
-            print(f"--fast: the training loss {verdict}: {losses[0]:.5g} -> {losses[-1]:.5g}")
+        figures = "".join(f'<h3>{name}</h3><p>{html.escape(caption)}</p><img src="{name}.png">'
+                          for name, caption in sorted(self.captions.items()))  # fig01, fig02, ...
+        with atomic(self.folder / "index.html") as f:
+            f.write(f"""<!DOCTYPE html><meta charset="utf-8">
+<title>{html.escape(self.folder.name)}</title><style>body {{max-width: 60em; margin: auto;
+font-family: sans-serif}} img {{max-width: 100%}}</style>
+<h2>{html.escape(self.config["command"])}</h2>
+<pre>{html.escape(chr(10).join(summary))}</pre>{figures}
+""".encode())
+        print("", *summary, "", "figures, log.jsonl, metrics.json, and index.html with all of them:"
+              f" to redraw them, {self.again}", self.folder, sep="\n", flush=True)
         return metrics
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, kind, error, trace):
-        saved = (self.folder / "checkpoint.pt").exists()
-        go_on = (f"go on with: python {shlex.quote(self.args.program)} "
-                 f"--resume {shlex.quote(str(self.folder))}" if saved else
-                 "nothing to go on with: repeat the command")
-        if kind is None:
-            print(self.folder)
-        elif kind is KeyboardInterrupt:
-            fail(f"interrupted; {go_on}", status=130)
-        elif kind is FloatingPointError:
-            fail(f"{error} of epoch {self.epoch}: try a smaller --lr"
-                 f"{f'; the last good checkpoint is in {self.folder}' if saved else ''}", status=1)
-        elif issubclass(kind, OSError):
-            fail(f"cannot write ({error}); {go_on}", status=1)
-        elif issubclass(kind, (MemoryError, torch.OutOfMemoryError)) or (
-                kind is RuntimeError and "allocate memory" in str(error)):
-            fail("out of memory: try a smaller --batch-size or network", status=1)
+def load_run(folder, script, parse_args, build):
+    """The network that a finished run shows: build(its flags), with its weights.
+
+    Exit 2 where the run is none of this script, not finished, or does not fit.
+    """
+    config, file = read_config(folder, script), Path(folder) / "model.pt"
+    if not file.is_file():
+        fail(f"the run in {folder} is not finished, or made no model")
+    if config.get("source") != digest(script):
+        print(f"warning: {script}.py has changed since it made {folder}", file=sys.stderr)
+    model = build(parse_args([*config["argv"], "--device", "cpu"]))
+    load_checkpoint(file, {"model": model})
+    return model
 
 
-def finite(loss, step):
-    """The loss as a float. Raises FloatingPointError, which names the step, if it is nan or inf."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} at step {step}")
-    return value
+def trained(script, name, args, flags, minutes):
+    """The folder of what one chapter needs of another: `python SCRIPT.py FLAGS`, made if need be.
+
+    It is named after what it is, the data, the seed and the code, runs/judge-fashion-seed0-1a2b3c,
+    and nothing else in runs/ is looked at: the same command gives the same numbers. script: the
+    module; args: the caller's, after load_data; minutes: how long it takes on two cores.
+    """
+    words = [*flags, "--data", args.data, "--seed", str(args.seed), *["--fast"] * args.fast]
+    stem = Path(script.__file__).stem
+    folder = Path("runs", f"{name}-{args.data}{'-fast' * args.fast}-seed{args.seed}-{digest(stem)}")
+    command = shell("python", f"{stem}.py", *words)
+    machine = ["--data-dir", args.data_dir, "--device", args.device]
+    if (folder / "config.json").exists():
+        made, wanted = (vars(script.parse_args([*argv, "--device", "cpu"])) for argv in (
+            read_config(folder, stem)["argv"], words))
+        if any(made[flag] != wanted[flag] for flag in wanted.keys() - FREE - {"argv"}):
+            fail(f"{folder} was made by another command than {command}: rename it")
+    if not (folder / "config.json").exists():
+        print(f"{folder} is not there yet: {command} makes it, in about "
+              f"{'a few seconds' if args.fast else f'{minutes} minutes'}", flush=True)
+        script.main([*words, *machine, "--out-dir", str(folder)])
+    elif not (folder / "metrics.json").exists():
+        print(f"{folder} was interrupted: going on with it", flush=True)
+        script.main(["--resume", str(folder), *machine])
+    else:
+        print(f"using {folder}")
+    return str(folder)
 
 
 # --------------------------------------------------------------------------- plotting
+
+# petroff10: ten colours that the colour-blind can tell apart (Petroff, arXiv 2107.02270)
+COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+          "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 
 
 def show_images(ax, x, columns):
@@ -652,17 +706,33 @@ def show_images(ax, x, columns):
     ax.set_yticks([])
 
 
-def draw_images(folder, name, x, columns, title, **axes):
-    """Write folder/name.png: x (N, 1, 28, 28) as a grid; axes: what ax.set() takes."""
-    rows = math.ceil(len(x) / columns)
-    fig = Figure(figsize=(0.8 * columns + 0.4, 0.8 * rows + 0.9), layout="constrained")
-    ax = fig.subplots()
-    show_images(ax, x, columns)
-    ax.set(title=title, **axes)
-    fig.savefig(folder / f"{name}.png", dpi=120)
+def draw_rows(run, name, rows, columns, title, caption, names=()):
+    """Images as rows {label: x (N, 1, 28, 28)}, one above the other; names: under the columns."""
+    heights = [math.ceil(len(x) / columns) for x in rows.values()]
+    fig = Figure(figsize=(0.62 * columns + 1.8, 0.64 * sum(heights) + 0.9), layout="constrained")
+    axes = fig.subplots(len(rows), height_ratios=heights, squeeze=False)[:, 0]
+    for ax, (label, x) in zip(axes, rows.items(), strict=True):
+        show_images(ax, x, columns)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center")
+    if names:
+        axes[-1].set_xticks([15 + 29 * c for c in range(len(names))], names, fontsize=7)
+    fig.suptitle(title)
+    run.save(fig, name, caption)
 
 
-def plot_curves(folder, name, rows, panels, title):
+def draw_reconstructions(run, name, data, rows):
+    """Figures 1, 2, 16: a test image of each class, ten at most, and what each model makes of it.
+
+    rows: {label: (N, 1, 28, 28), an image for each test image}.
+    """
+    first = {data.classes[c]: (data.y_test == c).nonzero()[0].item()
+             for c in data.y_test.unique().tolist()[:10]}
+    draw_rows(run, name, {label: x[list(first.values())] for label, x in rows.items()}, len(first),
+              f"{data.name}, test images and their reconstructions",
+              "Which details are lost? PCA is the best that a linear map can do.", list(first))
+
+
+def plot_curves(run, name, rows, panels, title, caption):
     """Curves over the epochs, from rows of log.jsonl. panels: {y label: keys}, a panel each."""
     fig = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for ax, (ylabel, keys) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(),
@@ -674,20 +744,43 @@ def plot_curves(folder, name, rows, panels, title):
         ax.grid(alpha=0.3)
         ax.legend()
     fig.suptitle(title)
-    fig.savefig(folder / f"{name}.png", dpi=120)
+    run.save(fig, name, caption)
 
 
 def scatter(ax, points, y, classes):
-    """points (N, 2) and y (N,), arrays, coloured by class; a legend belongs beside it."""
+    """points (N, 2) and y (N,), arrays, coloured by class; a legend belongs beside it.
+
+    In random order: class after class, the last ones would hide the first.
+    """
+    order = np.random.default_rng(0).permutation(len(y))
+    color = np.array([COLORS[c % len(COLORS)] for c in range(len(classes))])
+    ax.scatter(*points[order].T, s=min(20, max(4, 6000 / len(y))), alpha=0.7, linewidths=0,
+               c=color[y[order]])
     for c, label in enumerate(classes):
-        ax.scatter(*points[y == c].T, s=4, alpha=0.6, color=f"C{c}", label=label)
+        ax.scatter([], [], s=4, color=color[c], label=label)
 
 
-def plot_scatter(folder, name, points, y, classes, title, labels):
-    """Write folder/name.png: a scatter, with labels for the two axes."""
-    fig = Figure(figsize=(7, 5), layout="constrained")
-    ax = fig.subplots()
-    scatter(ax, points, y, classes)
-    ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
-    fig.legend(loc="outside right center", markerscale=4)
-    fig.savefig(folder / f"{name}.png", dpi=120)
+def draw_latent(run, z, data, dims, numbers):
+    """Figures 4 to 6 and 18 to 20: two dimensions of z (N, D); all of them by PCA and by t-SNE.
+
+    numbers: of the three figures. Returns {"z", "tsne": 5-NN accuracy there}: how well the classes
+    keep apart. At most 3,000 points: t-SNE takes minutes for 10,000.
+    """
+    z, y = z[:3000].cpu().double().numpy(), data.y_test[:3000].cpu().numpy()
+    tsne = TSNE(perplexity=min(30, (len(z) - 1) / 3), random_state=run.args.seed).fit_transform(z)
+    accuracy = {name: knn_accuracy(points, y)[0] for name, points in (("z", z), ("tsne", tsne))}
+    maps = {"latent": (z[:, dims], f"dimensions {dims[0]} and {dims[1]} of z",
+                       [f"z[{d}]" for d in dims], "Do two dimensions tell the classes apart?"),
+            "pca": (PCA(2).fit_transform(z), f"PCA of all {z.shape[1]} dimensions of z",
+                    ["first component", "second component"],
+                    "The two directions of largest spread."),
+            "tsne": (tsne, f"t-SNE of z, 5-NN accuracy {accuracy['tsne']:.2f}", ["", ""],
+                     "Which classes are neighbours? Distances between islands mean little.")}
+    for number, (name, (points, title, labels, caption)) in zip(numbers, maps.items(), strict=True):
+        fig = Figure(figsize=(7, 5), layout="constrained")
+        ax = fig.subplots()
+        scatter(ax, points, y, data.classes)
+        ax.set(title=f"{data.name} test images: {title}", xlabel=labels[0], ylabel=labels[1])
+        fig.legend(loc="outside right center", markerscale=4)
+        run.save(fig, f"fig{number:02d}_{name}", caption)
+    return accuracy

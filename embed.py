@@ -12,23 +12,23 @@ Section 4 of the report: the test images in two dimensions, by an autoencoder, a
 and .971 with the AE (129,747 parameters), .701 and .968 with the VAE, .499 and .912 with PCA, .803
 and .994 with t-SNE, which takes a minute on one core. Each run writes to a new folder in runs/.
 
-It takes the newest runs of ae.py and vae.py with --latent-dim 2 in runs/. Where there is none it
-trains one first, so an interrupted command is simply repeated: what was trained is there.
+It takes a run of ae.py and one of vae.py with --latent-dim 2 that it trains first, where they are
+not there yet: in runs/ae2-... and runs/vae2-..., named after data, seed and code.
 """
 
+import json
 import shlex
 import time
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patheffects import withStroke
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, trustworthiness
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
 
 import ae
 import common
@@ -40,14 +40,14 @@ import vae
 TRAINING = {
     "ae": "--latent-dim 2 --hidden 96 --filters 16 32 --decoder-filters 48 64 32 "
           "--epochs 20 --lr 0.012",
-    "vae": "--latent-dim 2 --hidden 48 --augment none --epochs 16 --lr 0.006",
+    "vae": "--latent-dim 2 --hidden 48 --epochs 16 --lr 0.006 --batch-size 64",
 }
-NEIGHBOURS = 5  # in both measures
+NEIGHBOURS = 5  # in both measures; see common.knn_accuracy
 
 
 def parse_args(argv=None):
     number = common.number
-    parser = common.Parser(description=__doc__.partition("\n")[0])
+    parser = common.Parser(__doc__)
     group = parser.add_argument_group("maps")
     group.add_argument("--points", type=number(int, 16, 10**9), metavar="N",
                        help="the first N test images; None: all of them")
@@ -55,10 +55,11 @@ def parse_args(argv=None):
                        metavar="P", help="how many neighbours t-SNE cares for; of several, the one "
                                          "beside the other maps is 30, or the first")
     for name in ("ae", "vae"):
-        group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
-                           help=f"run of {name}.py with --latent-dim 2; None: the newest in runs/")
+        group.add_argument(f"--{name}", type=common.path, metavar="DIR",
+                           help=f"run of {name}.py with --latent-dim 2; without it the best we "
+                                "know, made first where it is not there")
     common.add_run_flags(parser)
-    return common.parse(parser, "embed", argv, recipes={}, fast={})
+    return common.parse(parser, "embed", argv)
 
 
 # --------------------------------------------------------------------------- maps
@@ -67,25 +68,27 @@ def parse_args(argv=None):
 def map_encoder(script, folder, x):
     """Codes z (N, 2) of x (N, 1, 28, 28) by a run of ae.py or vae.py, and its numbers.
 
-    Seconds: the training of the whole run, and encoding.
+    Seconds: all epochs of the run, and encoding.
     """
     model = script.load_run(folder).to(x.device)
-    log = common.load_checkpoint(Path(folder) / "checkpoint.pt", script.__name__)["history"]
+    log = (Path(folder) / "log.jsonl").read_text().splitlines()
     clock = time.perf_counter()
     z = vae.encode(model, x)[0] if script is vae else ae.encode(model, x)  # mu: without the noise
-    seconds = time.perf_counter() - clock + sum(row["seconds"] for row in log)
+    seconds = time.perf_counter() - clock + sum(json.loads(line)["seconds"] for line in log)
+    if z.shape[1] != 2:
+        common.fail(f"{folder} has {z.shape[1]} latent dimensions: a map takes --latent-dim 2")
     return z.cpu().double().numpy(), {
-        "test_mse": ae.mse(script.reconstruct(model, x), x).item(), "seconds": seconds,
+        "test_mse": F.mse_loss(script.reconstruct(model, x), x).item(), "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()), "run": folder}
 
 
 def map_pca(x_train, x):
     """The first two principal components (N, 2) of x (N, 1, 28, 28), fitted on x_train."""
     clock = time.perf_counter()
-    pca = PCA(2, svd_solver="covariance_eigh").fit(pixels(x_train))
-    points = pca.transform(pixels(x))
+    pca = PCA(2, svd_solver="covariance_eigh").fit(common.pixels(x_train))
+    points = pca.transform(common.pixels(x))
     seconds = time.perf_counter() - clock
-    mse = np.square(pca.inverse_transform(points) - pixels(x)).mean().item()
+    mse = np.square(pca.inverse_transform(points) - common.pixels(x)).mean().item()
     return points, {"test_mse": mse, "seconds": seconds}
 
 
@@ -97,39 +100,40 @@ def map_tsne(x, perplexity, seed):
     """
     print(f"t-SNE of {len(x):,} points with perplexity {perplexity:g}", flush=True)
     clock = time.perf_counter()
-    x = PCA(min(50, len(x)), random_state=seed).fit_transform(pixels(x))
-    points = TSNE(perplexity=perplexity, random_state=seed).fit_transform(x)
+    x = PCA(min(50, len(x)), random_state=seed).fit_transform(common.pixels(x))
+    points = TSNE(perplexity=perplexity, random_state=seed, n_jobs=-1).fit_transform(x)
     return points.astype(float), {"seconds": time.perf_counter() - clock, "perplexity": perplexity}
-
-
-def pixels(x):
-    """x (N, 1, 28, 28) as an array (N, 784) for scikit-learn."""
-    return x.flatten(1).cpu().double().numpy()
 
 
 # --------------------------------------------------------------------------- measures
 
 
-def knn_accuracy(points, y):
-    """Do the classes keep apart? How often the 5 nearest points of a map (N, 2) vote for the truth.
+def measure(x, y, maps, classes):
+    """Add to the numbers of each map (name, points (N, 2), numbers) of x, y how far to trust it.
 
-    Returns the accuracy and that of each class, {class: accuracy}, both 5-fold: each point is asked
-    once, and the other four fifths vote. The points have no order, so the folds need no shuffling.
+    knn_accuracy: do the classes keep apart? trustworthiness: are neighbours in the map neighbours
+    as images, in Euclidean distance (not a person's idea of alike)? 1: the 5 nearest points are the
+    5 nearest images, for all; by chance .5 (Venna and Kaski 2001). N x N distances: 3.5 GB for
+    10,000 points.
     """
-    vote = KNeighborsClassifier(NEIGHBOURS)
-    right = cross_val_predict(vote, points, y, cv=KFold(5)) == y
-    return right.mean().item(), {c: right[y == c].mean().item() for c in np.unique(y).tolist()}
+    for name, points, numbers in maps:
+        accuracy, of_class = common.knn_accuracy(points, y)
+        trust = trustworthiness(common.pixels(x), points, n_neighbors=NEIGHBOURS)
+        numbers |= {"knn_accuracy": accuracy, "trustworthiness": float(trust),
+                    "places_new_points": name != "tsne",
+                    "class_accuracy": {classes[c]: a for c, a in of_class.items()}}
 
 
-def print_table(maps):
-    """A line for each of the maps [(name, points, numbers)]."""
-    print(f"{'map':23}{'5-NN accuracy':>15}{'trustworthiness':>17}{'test MSE':>10}{'seconds':>9}"
-          "  new points")
+def table(maps):
+    """The maps [(name, points, numbers)] as lines of text."""
+    lines = [f"{'map':23}{'5-NN accuracy':>15}{'trustworthiness':>17}{'test MSE':>10}{'seconds':>9}"
+             "  new points"]
     for name, _, m in maps:
         title = LABELS[name][0] + (f", perplexity {m['perplexity']:g}" if name == "tsne" else "")
         mse = f"{m['test_mse']:.4f}" if "test_mse" in m else "-"
-        print(f"{title:23}{m['knn_accuracy']:15.3f}{m['trustworthiness']:17.3f}{mse:>10}"
-              f"{m['seconds']:9.1f}  {'yes' if m['places_new_points'] else 'no'}")
+        lines.append(f"{title:23}{m['knn_accuracy']:15.3f}{m['trustworthiness']:17.3f}{mse:>10}"
+                     f"{m['seconds']:9.1f}  {'yes' if m['places_new_points'] else 'no'}")
+    return lines
 
 
 # --------------------------------------------------------------------------- figures
@@ -170,44 +174,46 @@ def draw_names(ax, points, y, classes):
                 path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
-def draw_maps(folder, file, maps, x, y, data):
-    """Write folder/file.png: the maps [(name, points (N, 2), numbers)] of x (N, 1, 28, 28), y (N,).
+def draw_maps(run, file, maps, x, y, data, columns=1):
+    """The maps [(name, points (N, 2), numbers)] of x (N, 1, 28, 28), y (N,) as one figure.
 
-    Some of the images are drawn, centred at their points: they show what a region means.
+    Some of the images are drawn, centred at their points: they show what a region means. The axes
+    end where the outermost hundredth of the points does: a few outliers would squeeze all others.
     """
-    rows, columns = (2, 2) if len(maps) == 4 else (1, len(maps))
+    rows = -(-len(maps) // columns)
     fig = Figure(figsize=(7 * columns + 1, 6 * rows + 0.5), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).flat
     for ax, (name, points, numbers) in zip(axes, maps, strict=True):
         common.scatter(ax, points, y, data.classes)
-        for i in spread(points, gap=0.09):
-            image = OffsetImage(x[i, 0].cpu().numpy(), zoom=0.7, cmap="gray_r",
+        low, high = np.quantile(points, [0.005, 0.995], axis=0)
+        margin = 0.05 * (high - low)
+        inside = ((points > low) & (points < high)).all(1).nonzero()[0]
+        for i in inside[spread(points[inside], gap=0.1)]:
+            image = OffsetImage(x[i, 0].cpu().numpy(), zoom=0.9, cmap="gray_r",
                                 norm=Normalize(0, 1))
-            ax.add_artist(AnnotationBbox(image, points[i], pad=0,
-                                         bboxprops={"edgecolor": f"C{y[i]}", "linewidth": 1.5}))
+            edge = {"edgecolor": common.COLORS[y[i] % len(common.COLORS)], "linewidth": 1.5}
+            ax.add_artist(AnnotationBbox(image, points[i], pad=0, bboxprops=edge))
         draw_names(ax, points, y, data.classes)
         title, xlabel, ylabel = LABELS[name]
-        if name == "tsne":
-            title += f" with perplexity {numbers['perplexity']:g}: cannot place new images"
-        else:
-            title += f": test MSE {numbers['test_mse']:.4f}"
-        ax.set(xlabel=xlabel, ylabel=ylabel,
+        title += (f", perplexity {numbers['perplexity']:g}" if name == "tsne" else
+                  f": test MSE {numbers['test_mse']:.4f}")
+        ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(low[0] - margin[0], high[0] + margin[0]),
+               ylim=(low[1] - margin[1], high[1] + margin[1]),
                title=f"{title}\n5-NN accuracy {numbers['knn_accuracy']:.3f}, "
                      f"trustworthiness {numbers['trustworthiness']:.3f}")
     fig.suptitle(f"{data.name}: {len(x):,} test images")
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside right center", markerscale=4)
-    fig.savefig(folder / f"{file}.png", dpi=120)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", markerscale=4)
+    run.save(fig, file, "Which classes find a place of their own, and which share one?")
 
 
 # --------------------------------------------------------------------------- main
 
 
 def find_encoder(script, args):
-    """The run of ae.py or vae.py to take: a named one, the newest that fits, or a new one."""
+    """The run of ae.py or vae.py to take: a named one, or the best we know, made if need be."""
     name = script.__name__
     flags = shlex.split(TRAINING[name]) + (["--epochs", "3"] if args.fast else [])
-    return common.find_or_train(script, args, flags, getattr(args, name), latent_dim=2)
+    return getattr(args, name) or common.trained(script, f"{name}2", args, flags, minutes=5)
 
 
 def main(argv=None):
@@ -221,52 +227,28 @@ def main(argv=None):
         common.fail(f"--perplexity {max(args.perplexity):g} takes three times as many points, "
                     f"{n} are too few: name a smaller one, or more --points")
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
-    # a named run first: a wrong name is said before the other encoder is trained
-    runs = {script: find_encoder(script, args) for script in sorted(
-        (ae, vae), key=lambda script: getattr(args, script.__name__) is None)}
+    for script in (ae, vae):  # a wrong name is said before anything is trained
+        if folder := getattr(args, script.__name__):
+            map_encoder(script, folder, x[:1])
 
-    with common.Run(args, data) as run:
-        maps = [(script.__name__, *map_encoder(script, folder, x))  # name, points (N, 2), numbers
-                for script, folder in ((ae, runs[ae]), (vae, runs[vae]))]
-        maps.append(("pca", *map_pca(data.x_train, x)))
-        tsne = [("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
-        maps += tsne
+    run = common.Run(args, data)
+    maps = [(script.__name__, *map_encoder(script, find_encoder(script, args), x))
+            for script in (ae, vae)]  # name, points (N, 2), numbers
+    maps.append(("pca", *map_pca(data.x_train, x)))
+    tsne = [("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
+    maps += tsne
+    measure(x, y, maps, data.classes)
 
-        for name, points, numbers in maps:
-            accuracy, of_class = knn_accuracy(points, y)
-            # are neighbours in the map neighbours as images, in Euclidean distance (not a person's
-            # idea of alike)? 1: the 5 nearest points are the 5 nearest images, for all; by chance
-            # .5 (Venna and Kaski 2001). N x N distances: 3.5 GB for 10,000 points
-            trust = trustworthiness(pixels(x), points, n_neighbors=NEIGHBOURS)
-            numbers |= {"knn_accuracy": accuracy, "trustworthiness": float(trust),
-                        "places_new_points": name != "tsne",
-                        "class_accuracy": {data.classes[c]: a for c, a in of_class.items()}}
-        print_table(maps)
-
-        four = [*maps[:3], next((m for m in tsne if m[2]["perplexity"] == 30), tsne[0])]
-        for number, one in enumerate(four, start=26):
-            draw_maps(run.folder, f"fig{number}_{one[0]}", [one], x, y, data)
-        draw_maps(run.folder, "maps", four, x, y, data)
-        if len(tsne) > 1:
-            draw_maps(run.folder, "perplexity", tsne, x, y, data)
-        return run.finish({
-            "methods": {name: numbers for name, _, numbers in four}, "points": n,
-            "neighbours": NEIGHBOURS, "perplexity": [numbers for *_, numbers in tsne]})
+    four = [*maps[:3], next((m for m in tsne if m[2]["perplexity"] == 30), tsne[0])]
+    for number, one in enumerate(four, start=26):
+        draw_maps(run, f"fig{number}_{one[0]}", [one], x, y, data)
+    draw_maps(run, "maps", four, x, y, data, columns=2)
+    if len(tsne) > 1:
+        draw_maps(run, "perplexity", tsne, x, y, data)
+    return run.finish({
+        "methods": {name: numbers for name, _, numbers in four}, "points": n,
+        "neighbours": NEIGHBOURS, "perplexity": [numbers for *_, numbers in tsne]}, table(maps))
 
 
 if __name__ == "__main__":
     common.start(main)
-
-
-# --------------------------------------------------------------------------- exercises
-
-# Predict first, then run. Answers: results/embed.
-# 1. `--perplexity 5 30 100`: which map has the best 5-NN accuracy, and is it the prettiest?
-#    (.798, .803, .785)
-# 2. Which class gains most from the AE instead of PCA? Look at the maps, then at class_accuracy in
-#    metrics.json. (bags, from .45 to .93)
-# 3. Is a map with a lower test MSE a better map? Compare AE, VAE and PCA. (.0250, .0255, .0461;
-#    5-NN .705, .701, .499: here yes. But t-SNE is best without any MSE: it decodes nothing)
-# 4. Plant a bug: fit PCA on x instead of x_train in map_pca(). The map hardly changes, but it is no
-#    longer one of new images. tests/test_embed.py::test_pca_learns_from_training_images_only
-#    catches it.

@@ -8,7 +8,7 @@ Section 5 of the report: its four classifiers, confusion matrices, and what labe
     python finetune.py --model ae --train head  a linear probe: the encoder stays frozen
     python finetune.py --model resnet18-random --train all
                                                 what ResNet18 can do when nothing is frozen
-    python finetune.py --model ae --labels 100 1000 10000 48000 --epochs 6
+    python finetune.py --labels 100 1000 10000 48000
                                                 accuracy against the number of labels
     python finetune.py --recipe report          the report's own settings
     python finetune.py --fast                   smoke test in seconds
@@ -20,13 +20,11 @@ another run. Each run writes to a new folder in runs/.
 
 import argparse
 import hashlib
-import json
 import math
 import pickle
 import socket
 import statistics
 import sys
-import time
 import zipfile
 from http.client import HTTPException
 from itertools import zip_longest
@@ -38,112 +36,124 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.optim.swa_utils import update_bn
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms.v2.functional import normalize
 
 import ae
 import common
+import vae
 
 # --------------------------------------------------------------------------- flags
 
 # table 3 of the report: test accuracy in %, test loss, training seconds
 TABLE3 = {"ae": (85.7, 0.410, 252), "resnet18": (85.9, 0.482, 371),
           "resnet18-random": (81.1, 0.602, 674), "cnn": (87.8, 0.318, None)}
-RESNET = {"train": "last", "epochs": 4, "lr": 0.001, "weight_decay": 0.0, "augment": "shift"}
+RESNET = {"train": "last", "epochs": 4, "batch_size": 128, "lr": 0.001, "weight_decay": 0.0,
+          "augment": "shift"}
 SETTINGS = {  # of each model, by recipe; flags go before them
     "best": {
         "ae": {"train": "all", "epochs": 80, "batch_size": 64, "lr": 0.008, "weight_decay": 0.0,
                "augment": "shift"},
-        "resnet18": {**RESNET, "batch_size": 128}, "resnet18-random": {**RESNET, "batch_size": 128},
+        "resnet18": RESNET, "resnet18-random": RESNET,
         # the larger the network, the more it takes to keep it from learning images by heart
         "cnn": {"train": "all", "epochs": 40, "batch_size": 128, "lr": 0.004,
                 "weight_decay": 5e-5, "augment": "erase"}},
     # the report gives none for ResNet18: a guess. Its CNN saw each image once plain and once
     # augmented in an epoch, here only augmented
     "report": {
-        "ae": {"train": "all", "epochs": 30, "batch_size": 48, "lr": 0.0001, "weight_decay": 5e-5},
-        "resnet18": {**RESNET, "epochs": 10, "batch_size": 48},
-        "resnet18-random": {**RESNET, "epochs": 10, "batch_size": 48},
+        "ae": {"train": "all", "epochs": 30, "batch_size": 48, "lr": 0.0001, "weight_decay": 5e-5,
+               "augment": "report"},
+        "resnet18": {**RESNET, "epochs": 10, "batch_size": 48, "augment": "report"},
+        "resnet18-random": {**RESNET, "epochs": 10, "batch_size": 48, "augment": "report"},
         "cnn": {"train": "all", "epochs": 20, "batch_size": 300, "lr": 0.0085,
-                "weight_decay": 5e-5}},
+                "weight_decay": 5e-5, "augment": "report"}},
 }
-RECIPES = {"best": {}, "report": {"augment": "report"}}
-# what --labels compares: name, --train, --scratch
-METHODS = (("linear probe", "head", False), ("fine-tuned", "all", False), ("scratch", "all", True))
-SEEDS = 3  # trainings of each, with other labelled images
-EPOCH_IMAGES = 4800  # an epoch shows at least so many: 100 labelled images 48 times. So 75 steps of
-# 64 images; with 48,000 labels 750: where labels are many, the steps are too
+MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder"))}
 
 
 def parse_args(argv=None):
-    parser = common.Parser(description=__doc__.partition("\n")[0])
-    group = parser.add_argument_group("model")
+    parser = common.Parser(__doc__)
+    group = parser.add_argument_group("what to turn first")
     group.add_argument("--model", choices=("all", *TABLE3), default="all",
                        help="which one to train; all: table 3")
     group.add_argument("--train", choices=("all", "last", "head"),
                        help="what learns, the rest stays frozen (cnn learns as a whole). head: the "
                             "new linear layer, a linear probe; last: also the encoder's linear "
                             "layers, or ResNet18's last four modules (layer3, layer4, avgpool, "
-                            "fc); None: as in the report, all of ae and last of ResNet18")
+                            "fc); without it all of ae and last of ResNet18, as in the report")
     group.add_argument("--scratch", action="store_true",
                        help="ae: start from random weights, not from the trained encoder")
-    group.add_argument("--encoder", type=common.folder, metavar="DIR",
-                       help="the run of ae.py that ae starts from; None: the newest of plain "
-                            "`python ae.py` in runs/, trained first where there is none")
-    group.add_argument("--weights", type=common.folder, metavar="FILE",
-                       help="ImageNet weights for resnet18; None: torchvision downloads them")
     group.add_argument("--labels", type=common.number(int, 1, 60_000), nargs="+", metavar="N",
-                       help="also train ae with only N labelled images: a linear probe, "
-                            f"fine-tuned, and from scratch, {SEEDS} times each")
+                       help="what N labelled images are worth to a classifier on the encoder's "
+                            "codes, to the fine-tuned encoder, and from scratch; three times each")
+    group = parser.add_argument_group("models")
+    group.add_argument("--encoder", type=common.path, metavar="DIR",
+                       help="the run of ae.py that ae starts from; without it that of plain "
+                            "`python ae.py`, made first where it is not there")
+    group.add_argument("--weights", type=common.path, metavar="FILE",
+                       help="ImageNet weights for resnet18; without it torchvision downloads them")
     group.add_argument("--mirror", action=argparse.BooleanOptionalAction,
                        help="in the test: mean of the logits of an image and of its mirror image; "
-                            "None: if trained on both")
-    common.add_flags(parser, RECIPES, epochs=None, batch_size=None, lr=None, augment=None)
-    parser.epilog = "--epochs, --batch-size, --lr, --augment None: of each model, see SETTINGS"
-    args = common.parse(parser, "finetune", argv, RECIPES, fast={"epochs": 2})
-    if args.model == "cnn" and args.train not in (None, "all"):
-        parser.error(f"--train {args.train}: all of cnn learns, nothing in it is pre-trained")
-    if args.scratch and args.model not in ("all", "ae"):
-        parser.error("--scratch is for --model ae (ResNet18: --model resnet18-random)")
-    if args.weights and args.model not in ("all", "resnet18"):
-        parser.error("--weights is for --model resnet18")
-    if args.encoder and args.model not in ("all", "ae"):
-        parser.error("--encoder is for --model ae")
-    if args.labels and args.model not in ("all", "ae"):
-        parser.error("--labels compares encoders: choose --model ae, or all")
-    args.labels = sorted(set(args.labels or []))
+                            "without it: if trained on both")
+    common.add_training_flags(parser, SETTINGS, epochs=None, batch_size=None, lr=None, augment=None)
+    common.add_run_flags(parser)
+    parser.epilog = "--epochs, --batch-size, --lr, --augment: without them see SETTINGS"
+    args = common.parse(parser, "finetune", argv, recipes={name: {} for name in SETTINGS},
+                        fast={"epochs": 2}, modes=MODES)
+    for flag, models in {"train": ("all", "ae", "resnet18", "resnet18-random"),
+                         "scratch": ("all", "ae"), "encoder": ("all", "ae"),
+                         "weights": ("all", "resnet18")}.items():
+        if getattr(args, flag) and args.model not in models:
+            parser.error(f"--{flag} does nothing for --model {args.model}")
     return args
 
 
-# --------------------------------------------------------------------------- models
+def settings(args, name):
+    """The flags of one model: what was asked for, else its SETTINGS; model: its name."""
+    t = argparse.Namespace(**vars(args) | {"model": name, "optimizer": "adam",
+                           "schedule": "constant" if args.recipe == "report" else "onecycle"})
+    for flag, value in SETTINGS[args.recipe][name].items():
+        if getattr(args, flag, None) is None or (name, flag) == ("cnn", "train"):
+            setattr(t, flag, value)
+    t.scratch = args.scratch and name == "ae"
+    t.mirror = t.augment in ("flip", "shift", "erase") if args.mirror is None else args.mirror
+    t.title = name + " from scratch" * t.scratch + {
+        "all": "", "last": ", last layers trained", "head": ", linear probe"}[t.train]
+    return t
+
+
+# --------------------------------------------------------------------------- model
 
 
 class EncoderClassifier(nn.Module):
-    """x (B, 1, 28, 28) -> logits (B, 10): the encoder of ae.py and a linear layer."""
+    """x (B, 1, 28, 28) -> logits (B, C): the encoder of ae.py and a linear layer."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, classes):
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.linear[-1].out_features, 10)
+        self.head = nn.Linear(encoder.linear[-1].out_features, classes)
 
     def forward(self, x):
-        return self.head(self.encoder(x))  # (B, D) -> (B, 10)
+        return self.head(self.encoder(x))  # (B, D) -> (B, C)
 
 
 class ResNet18(nn.Module):
-    """x (B, 1, 28, 28) -> logits (B, 10): torchvision's network with a new last layer.
+    """x (B, 1, 28, 28) -> logits (B, C): torchvision's network with a new last layer.
 
     Made for 224x224 pixels, of which five halvings leave 7x7; 28 -> 14 -> 7 -> 4 -> 2 -> 1.
     """
 
-    def __init__(self, state_dict=None):
+    def __init__(self, classes, state_dict=None):
         super().__init__()
         self.net = torchvision.models.resnet18()
         if state_dict is not None:
             self.net.load_state_dict(state_dict)
-        self.net.fc = nn.Linear(512, 10)
+        self.net.fc = nn.Linear(512, classes)
 
     def forward(self, x):
         x = x.expand(-1, 3, -1, -1)  # (B, 3, 28, 28): grey is three equal colours
@@ -152,9 +162,9 @@ class ResNet18(nn.Module):
 
 
 class CNN(nn.Module):
-    """x (B, 1, 28, 28) -> logits (B, 10): homework 1's network, 35/35 filters, 375/105 units."""
+    """x (B, 1, 28, 28) -> logits (B, C): homework 1's network, 35/35 filters, 375/105 units."""
 
-    def __init__(self):
+    def __init__(self, classes):
         super().__init__()
         self.block1 = nn.Sequential(nn.Conv2d(1, 35, 3, padding=1), nn.BatchNorm2d(35), nn.ReLU(),
                                     nn.MaxPool2d(2))
@@ -162,7 +172,7 @@ class CNN(nn.Module):
                                     nn.MaxPool2d(2))
         self.linear = nn.Sequential(nn.Flatten(), nn.Linear(35 * 7 * 7, 375), nn.ReLU(),
                                     nn.Dropout(0.4), nn.Linear(375, 105), nn.ReLU())
-        self.head = nn.Sequential(nn.Dropout(0.4), nn.Linear(105, 10))
+        self.head = nn.Sequential(nn.Dropout(0.4), nn.Linear(105, classes))
 
     def features(self, x):     # (B, 1, 28, 28)
         x = self.block1(x)     # (B, 35, 14, 14)
@@ -173,23 +183,24 @@ class CNN(nn.Module):
         return self.head(self.features(x))
 
 
-def build(training, args, imagenet=None):
-    """The model of one training. model.trained: its modules that learn; the others are frozen."""
-    if training.name == "ae":
-        encoder = (ae.load_run(args.encoder) if args.encoder else ae.Autoencoder()).encoder
-        if training.scratch:  # the same layers with new weights and statistics
+def build(args, classes, imagenet=None):
+    """The network of args.model. model.trained: its modules that learn; the others are frozen."""
+    if args.model == "ae":
+        net = ae.load_run(args.encoder) if args.encoder else ae.build(ae.parse_args([]))
+        encoder = net.encoder
+        if args.scratch:  # the same layers with new weights and statistics
             for module in encoder.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-        model = EncoderClassifier(encoder)
+        model = EncoderClassifier(encoder, classes)
         head, last = [model.head], [encoder.linear, model.head]
-    elif training.name == "cnn":
-        model = CNN()
+    elif args.model == "cnn":
+        model = CNN(classes)
         head = last = None  # nothing to freeze
     else:
-        model = ResNet18(imagenet)
+        model = ResNet18(classes, imagenet)
         head, last = [model.net.fc], list(model.net.children())[-4:]
-    model.trained = {"all": [model], "last": last, "head": head}[training.train]
+    model.trained = {"all": [model], "last": last, "head": head}[args.train]
     model.requires_grad_(False)
     for module in model.trained:
         module.requires_grad_(True)
@@ -216,7 +227,7 @@ def imagenet_weights(args):
         if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
             raise ValueError("CRC mismatch")  # torch.load does not compare them
         state_dict = torch.load(file, map_location="cpu", weights_only=True)
-        ResNet18(state_dict)  # does it fit?
+        ResNet18(10, state_dict)  # does it fit?
         return state_dict
     except pickle.UnpicklingError:
         problem = "more than plain tensors, or damaged: refused, it could run code"
@@ -230,51 +241,97 @@ def imagenet_weights(args):
     raise LookupError(f"no ImageNet weights in {args.weights or path.name}: {problem}")
 
 
-# --------------------------------------------------------------------------- trainings
+# --------------------------------------------------------------------------- training
 
 
-def plan(args, data):
-    """The trainings, a Namespace each: the model, its settings, the indices of its images.
+def train_epoch(model, x, y, optimizer, schedule, args, rng):
+    """One pass over x (N, 1, 28, 28), y (N,); returns the mean cross entropy in nats."""
+    model.eval()  # what is frozen stays so: BatchNorm keeps its statistics, dropout is off
+    for module in model.trained:
+        module.train()
+    total = 0.0
+    for idx in common.batches(len(x), args.batch_size, rng, x.device):
+        batch = common.augment(x[idx], args.augment, rng)
 
-    Those of --labels have no validation part (val None) and keep their last weights: with 100
-    labels, the 12,000 of a validation part would be the better training set.
+        logits = model(batch)
+        loss = F.cross_entropy(logits, y[idx])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+        total += loss.detach() * len(idx)
+    return total.item() / len(x)
+
+
+def fit(args, run, part, seeds, train, val, classes, imagenet=None):
+    """Train args.model as one part of the run; returns its best epoch's network.
+
+    train, val: (x, y) each. seeds: numbers that, with the epoch, decide every draw.
     """
-    def training(name, **more):
-        flags = {f: getattr(args, f) for f in ("train", "epochs", "batch_size", "lr", "augment")}
-        t = argparse.Namespace(**{
-            **SETTINGS[args.recipe][name], **{f: v for f, v in flags.items() if v is not None},
-            "name": name, "scratch": False, "seed": args.seed, "fold": 0,
-            "optimizer": "adam", "schedule": "constant" if args.recipe == "report" else "onecycle",
-            **more})
-        t.mirror = t.augment in ("flip", "shift", "erase") if args.mirror is None else args.mirror
-        if name == "cnn":
-            t.train = "all"
-        last = len(t.idx) % t.batch_size or t.batch_size  # images in the epoch's last batch
-        if name.startswith("resnet") and t.train != "head" and last == 1:
-            common.fail(f"--batch-size {t.batch_size} leaves a batch of one image, and ResNet18's "
-                        "last BatchNorm has nothing to average there: take another")
-        t.title = more.get("title", name + " from scratch" * t.scratch + {
-            "all": "", "last": ", last layers trained", "head": ", linear probe"}[t.train])
-        return t
+    common.seed_everything(*seeds)
+    (x, y), (x_val, y_val) = train, val
+    model = build(args, classes, imagenet)
+    if args.train != "all" and (args.scratch or args.model == "resnet18-random"):
+        # frozen random layers would keep mean 0 and variance 1, which fit no data: measured once
+        update_bn(x[:10_000].split(500), model)
+    optimizer, schedule = ae.make_optimizer(model, args, len(x))
+    first = run.resume(part, args.epochs, model=model, optimizer=optimizer, schedule=schedule)
+    for epoch in range(first, args.epochs + 1):
+        rng = common.seed_everything(*seeds, epoch)
+        train_loss = train_epoch(model, x, y, optimizer, schedule, args, rng)
+        # both in evaluation mode, so that they compare
+        seen_loss, seen_accuracy = evaluate(model, x[:len(x_val)], y[:len(x_val)])
+        val_loss, val_accuracy = evaluate(model, x_val, y_val)
+        run.end_epoch(score=val_loss, train_loss=train_loss, seen_loss=seen_loss,
+                      seen_accuracy=seen_accuracy, val_loss=val_loss, val_accuracy=val_accuracy)
+    run.load_best(model)
+    return model
 
-    splits = common.splits(data.y_train, args.folds, args.seed)
-    trainings = [training(name, fold=fold, idx=train, val=val,
-                          scratch=args.scratch and name == "ae")
-                 for name in (TABLE3 if args.model == "all" else [args.model])
-                 for fold, (train, val) in enumerate(splits)]
-    pool = splits[0][0]  # where the labelled images are taken from
-    for n in args.labels:
-        if not len(data.classes) <= n <= len(pool):
-            common.fail(f"--labels {n}: it takes {len(data.classes)} to {len(pool)}, from an image "
-                        "of each class to the training part")
-        for method, train, scratch in METHODS:
-            for seed in range(args.seed, args.seed + SEEDS):
-                idx = pool[label_subset(data.y_train[pool], n, seed)]
-                trainings.append(training(
-                    "ae", idx=idx.repeat(math.ceil(EPOCH_IMAGES / n)), val=None, seed=seed,
-                    labels=n, method=method, train=train, scratch=scratch,
-                    title=f"{n} labels, {method}"))
-    return trainings
+
+# --------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def predict(model, x, mirror=False):
+    """Logits (N, C) in evaluation mode, order kept; mirror: the mean with those of x.flip(3)."""
+    model.eval()
+    logits = common.in_batches(model, x)
+    return (logits + predict(model, x.flip(3))) / 2 if mirror else logits
+
+
+def score(logits, y):
+    """(mean cross entropy in nats, accuracy from 0 to 1) of logits (N, C) against y (N,)."""
+    return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
+
+
+def evaluate(model, x, y):
+    """(mean cross entropy in nats, accuracy from 0 to 1) over all of x (N, 1, 28, 28), y (N,)."""
+    return score(predict(model, x), y)
+
+
+def most_confused(matrix, classes, count=3):
+    """[(true class, predicted class, images)], the largest off the diagonal of matrix (C, C)."""
+    errors = matrix - np.diag(np.diag(matrix))
+    largest = np.argsort(-errors, axis=None, kind="stable")[:count]
+    return [(classes[t], classes[p], int(errors[t, p]))
+            for t, p in zip(*np.unravel_index(largest, errors.shape), strict=True)]
+
+
+def load_judge(args, data):
+    """The CNN that judges the samples of gan.py, in evaluation mode: --judge, or a new one."""
+    folder = args.judge or common.trained(sys.modules[__name__], "judge", args,
+                                          ["--model", "cnn", "--epochs", "8"], minutes=4)
+    return common.load_run(folder, "finetune", parse_args, lambda flags: CNN(len(data.classes))
+                           ).to(args.device).eval()
+
+
+# --------------------------------------------------------------------------- labels
+
+SEEDS = 3  # trainings of each, with other labelled images
+CANDIDATES = [{"lr": 0.002, "augment": "none"}, {"lr": 0.008, "augment": "none"},
+              {"lr": 0.008, "augment": "shift"}]  # validation data choose among them
+STRENGTHS = (0.01, 0.1, 1.0)  # of the logistic regression: inverse of its L2 penalty, likewise
 
 
 def label_subset(y, n, seed):
@@ -289,124 +346,116 @@ def label_subset(y, n, seed):
     return torch.tensor(dealt[:n])
 
 
-# --------------------------------------------------------------------------- training
+def probe(encode, train, val, test):
+    """(validation, test) accuracy of the best logistic regression on standardised codes.
 
-
-def train_epoch(model, x, y, optimizer, schedule, training, generator):
-    """One pass over x (N, 1, 28, 28), y (N,); returns the mean cross entropy in nats."""
-    model.eval()  # what is frozen stays so: BatchNorm keeps its statistics, dropout is off
-    for module in model.trained:
-        module.train()
-    total = 0.0
-    for step, idx in enumerate(common.batches(len(x), training.batch_size, generator, x.device)):
-        batch = common.augment(x[idx], training.augment, generator)
-
-        logits = model(batch)
-        loss = F.cross_entropy(logits, y[idx])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-
-        total += common.finite(loss, step) * len(idx)
-    return total / len(x)
-
-
-def prepare(training, args, data, imagenet):
-    """(model, optimizer, schedule, x, y) at the start of one training."""
-    common.seed_everything(training.seed, training.fold)
-    model = build(training, args, imagenet)
-    x, y = data.x_train[training.idx], data.y_train[training.idx]
-    if training.train != "all" and (training.scratch or training.name == "resnet18-random"):
-        # frozen random layers would keep mean 0 and variance 1, which fit no data: measured once
-        update_bn(x[:10_000].split(500), model)
-    return model, *ae.make_optimizer(model, training, len(x)), x, y
-
-
-def estimate(trainings, args, data, imagenet):
-    """Seconds that all trainings will take, evaluation not counted, from a few steps of each."""
-    per_image = {}
-    for t in trainings:
-        kind = t.name, t.train, t.batch_size
-        if kind not in per_image:
-            constant = argparse.Namespace(**{**vars(t), "schedule": "constant"})  # of any length
-            model, optimizer, schedule, x, y = prepare(constant, args, data, imagenet)
-            few = slice(0, 4 * t.batch_size)
-            for _ in range(2):  # the first time is slower
-                clock = time.perf_counter()
-                train_epoch(model, x[few], y[few], optimizer, schedule, t, torch.Generator())
-                per_image[kind] = (time.perf_counter() - clock) / len(x[few])
-    return sum(per_image[t.name, t.train, t.batch_size] * len(t.idx) * t.epochs for t in trainings)
-
-
-# --------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def predict(model, x, mirror=False):
-    """Logits (N, 10) in evaluation mode, order kept; mirror: the mean with those of x.flip(3)."""
-    model.eval()
-    logits = common.in_batches(model, x)
-    return (logits + predict(model, x.flip(3))) / 2 if mirror else logits
-
-
-def score(logits, y):
-    """(mean cross entropy in nats, accuracy from 0 to 1) of logits (N, 10) against y (N,)."""
-    return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
-
-
-def evaluate(model, x, y):
-    """(mean cross entropy in nats, accuracy from 0 to 1) over all of x (N, 1, 28, 28), y (N,)."""
-    return score(predict(model, x), y)
-
-
-def most_confused(matrix, classes, count=3):
-    """[(true class, predicted class, images)], the largest off the diagonal of matrix (10, 10)."""
-    errors = matrix - np.diag(np.diag(matrix))
-    largest = np.argsort(-errors, axis=None, kind="stable")[:count]
-    return [(classes[t], classes[p], int(errors[t, p]))
-            for t, p in zip(*np.unravel_index(largest, errors.shape), strict=True)]
-
-
-def load_judge(args):
-    """The CNN of the newest run that has one, in evaluation mode; trained briefly if there is none.
-
-    Of several folds the one with the lowest validation loss. args: the caller's, after load_data;
-    args.judge names a run, or becomes the one that was taken.
+    train, val, test: (x, y) each. Best on val. Standardised: a code's dimensions have scales of
+    their own, and the penalty would count them unequally.
     """
-    args.judge = folder = common.find_or_train(
-        sys.modules[__name__], args, ["--model", "cnn", "--epochs", "8"], args.judge, has_cnn=True)
-    best = common.load_checkpoint(Path(folder) / "checkpoint.pt", "finetune")["best"]
-    model = CNN()
-    with common.reading(folder):
-        cnn = json.loads((Path(folder) / "metrics.json").read_text())["models"]["cnn"]
-        common.restore(model, best[cnn["part"]]["model"], folder)
-        print(f"the judge: a CNN with {cnn['test_accuracy']:.1%} test accuracy")
-    return model.to(args.device).eval()
+    (z, y), (z_val, y_val), (z_test, y_test) = (
+        (encode(x).cpu().double().numpy(), y.cpu().numpy()) for x, y in (train, val, test))
+    fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(z, y)
+              for c in STRENGTHS]
+    best = max(fitted, key=lambda model: model.score(z_val, y_val))
+    return best.score(z_val, y_val), best.score(z_test, y_test)
+
+
+def label_efficiency(args, data):
+    """Accuracy against the number of labels, for four ways to use them; returns the metrics.
+
+    The settings of each way are chosen on the validation images, for each number of labels and each
+    seed. These are 12,000 labels more, which whoever has 100 has not: what counts is that all ways
+    are chosen alike. The encoders saw all training images, without labels, and are the same ones
+    for all three seeds.
+    """
+    pool, val_idx = common.splits(data.y_train, 1, args.seed)[0]
+    for n in args.labels:
+        if not len(data.classes) <= n <= len(pool):
+            common.fail(f"--labels {n}: it takes {len(data.classes)} to {len(pool)}, from an image "
+                        "of each class to the training part")
+    run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
+    args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=6)
+    net_ae = ae.load_run(args.encoder).to(args.device)
+    net_vae = vae.load_run(common.trained(vae, "vae", args, [], minutes=4)).to(args.device)
+    encoders = {"probe on AE codes": lambda x: ae.encode(net_ae, x),
+                "probe on VAE codes": lambda x: vae.encode(net_vae, x)[0]}
+    val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
+    t = settings(args, "ae")
+    t.epochs, t.train = args.epochs or 10, "all"
+    points = {}
+    for n in sorted(set(args.labels)):
+        for seed in range(args.seed, args.seed + SEEDS):
+            idx = pool[label_subset(data.y_train[pool], n, seed)]
+            train = data.x_train[idx], data.y_train[idx]
+            ways = {name: probe(encode, train, val, test) for name, encode in encoders.items()}
+            again = idx.repeat(math.ceil(len(pool) / 10 / n))  # an epoch has steps enough
+            for way, scratch in (("fine-tuned", False), ("from scratch", True)):
+                tried = []
+                for c in CANDIDATES:
+                    flags = argparse.Namespace(**vars(t) | c | {"scratch": scratch})
+                    part = f"{n}, {way}, {c['lr']} {c['augment']}, {seed}"
+                    model = fit(flags, run, part, (seed, 0), (data.x_train[again],
+                                data.y_train[again]), val, len(data.classes))
+                    tried.append((evaluate(model, *val)[1], evaluate(model, *test)[1]))
+                ways[way] = max(tried, key=lambda t: t[0])  # by validation accuracy
+            for way, (_, accuracy) in ways.items():
+                points.setdefault(way, {}).setdefault(str(n), []).append(accuracy)
+    efficiency = {way: {n: {"mean": statistics.mean(each), "std": statistics.stdev(each),
+                            "each": each} for n, each in by_n.items()}
+                  for way, by_n in points.items()}
+    draw_label_efficiency(run, efficiency, data.name)
+    return run.finish({"label_efficiency": efficiency}, [
+        f"test accuracy, %, mean and standard deviation of {SEEDS} trainings",
+        f"{'labels':20}" + "".join(f"{n:>14}" for n in next(iter(points.values()))),
+        *(f"{way:20}" + "".join(f"{100 * p['mean']:8.1f} +-{100 * p['std']:4.1f}"
+                                for p in by_n.values()) for way, by_n in efficiency.items())])
+
+
+def draw_label_efficiency(run, efficiency, data_name):
+    """Accuracy against the number of labels: where the curves part, pre-training pays."""
+    fig = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = fig.subplots()
+    for way, points in efficiency.items():
+        ax.errorbar([int(n) for n in points], [100 * p["mean"] for p in points.values()],
+                    [100 * p["std"] for p in points.values()], marker="o", capsize=4, label=way)
+    ax.set(xscale="log", xlabel="labelled training images", ylabel="test accuracy, %",
+           title=f"{data_name}: mean and standard deviation of {SEEDS} trainings")
+    ax.set_xticks([int(n) for n in points], list(points))
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend()
+    run.save(fig, "label_efficiency", "Where is pre-training ahead of the network from scratch?")
 
 
 # --------------------------------------------------------------------------- figures
 
+FIGURES = {"ae": ("fig30_ae", "fig33_confusion_ae"),
+           "resnet18": ("fig31_resnet18", "fig34_confusion_resnet18"),
+           "resnet18-random": ("fig32_resnet18-random", "fig35_confusion_resnet18-random"),
+           "cnn": ("cnn", "fig36_confusion_cnn")}
 
-def draw_model(folder, name, title, rows, matrix, data, logits):
-    """Figures 30 to 36: curves and confusion matrix; and the most confident mistakes."""
-    curves, confusion = {
-        "ae": ("fig30_ae", "fig33_confusion_ae"),
-        "resnet18": ("fig31_resnet18", "fig34_confusion_resnet18"),
-        "resnet18-random": ("fig32_resnet18-random", "fig35_confusion_resnet18-random"),
-        "cnn": ("cnn", "fig36_confusion_cnn")}[name]
-    common.plot_curves(folder, curves, rows, {
-        "accuracy": ("seen_accuracy", "val_accuracy"),
-        "cross entropy, nats": ("seen_loss", "val_loss")}, f"{data.name}: {title}")
 
-    fig = Figure(figsize=(6.5, 6.2), layout="constrained")
+def draw_confusion(run, name, matrix, classes, title):
+    """Figures 33 to 36: rows are the truth. Only errors are coloured: the diagonal hides them."""
+    errors = matrix - np.diag(np.diag(matrix))
+    size = 0.5 * len(classes)
+    fig = Figure(figsize=(size + 2, size + 1.9), layout="constrained")
     ax = fig.subplots()
-    ConfusionMatrixDisplay(matrix, display_labels=data.classes).plot(
-        ax=ax, colorbar=False, cmap="Blues", xticks_rotation=45)
-    ax.set(title=f"{data.name} test images, {title}: {matrix.trace() / matrix.sum():.1%} right",
+    ax.imshow(errors, cmap="Oranges")
+    for i, row in enumerate(matrix):
+        for j, count in enumerate(row):
+            if count:  # zeros are left out
+                ax.text(j, i, count, ha="center", va="center", fontsize=8,
+                        weight="bold" if i == j else None)
+    ax.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(title=f"{title}\n{matrix.trace() / matrix.sum():.1%} of the test images right",
            xlabel="predicted class", ylabel="true class")
-    fig.savefig(folder / f"{confusion}.png", dpi=120)
+    run.save(fig, name, "Rows are the truth. Which classes are taken for which, and is it mutual?")
 
+
+def draw_mistakes(run, name, data, logits, title):
+    """The 24 most confident mistakes."""
     p, predicted = logits.softmax(1).max(1)
     wrong = (predicted != data.y_test).nonzero()[:, 0]
     wrong = wrong[p[wrong].argsort(descending=True)][:24].tolist()
@@ -418,171 +467,121 @@ def draw_model(folder, name, title, rows, matrix, data, logits):
         ax.set_title(f"{data.classes[data.y_test[i]]}, taken for\n{data.classes[predicted[i]]} "
                      f"{p[i]:.2f}", fontsize=8)
     fig.suptitle(f"{data.name} test images, {title}: its most confident mistakes")
-    fig.savefig(folder / f"mistakes_{name}.png", dpi=120)
+    run.save(fig, f"mistakes_{name}", "Would you have known? Some labels look wrong.")
 
 
-def draw_per_class(folder, models, data):
-    """Accuracy of each class, a dot for each model."""
+def draw_per_class(run, models, data):
+    """Accuracy of each class, a dot for each model, the hardest class first."""
+    order = np.argsort(np.mean([m["per_class"] for m in models.values()], axis=0))
     fig = Figure(figsize=(8, 4), layout="constrained")
     ax = fig.subplots()
     for name, m in models.items():
-        ax.plot(data.classes, [100 * a for a in m["per_class"]], "o", label=name, alpha=0.8)
+        ax.plot([data.classes[c] for c in order], [100 * m["per_class"][c] for c in order], "o",
+                label=name, alpha=0.8)
     ax.tick_params(axis="x", rotation=25)
     ax.set(ylabel="test accuracy, %", title=f"{data.name}: which classes are hard")
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(folder / "per_class.png", dpi=120)
+    run.save(fig, "per_class", "The hardest class first: is it the same one for every model?")
 
 
-def draw_label_efficiency(folder, efficiency, data_name):
-    """Accuracy against the number of labels: where the curves part, pre-training pays.
-
-    The bars are over labelled images and weights; the encoder, trained without labels on all
-    images, is the same one each time.
-    """
-    fig = Figure(figsize=(7, 4.5), layout="constrained")
-    ax = fig.subplots()
-    for method, points in efficiency.items():
-        ax.errorbar([int(n) for n in points], [100 * p["mean"] for p in points.values()],
-                    [100 * p["std"] for p in points.values()], marker="o", capsize=4, label=method)
-    ax.set(xscale="log", xlabel="labelled training images", ylabel="test accuracy, %",
-           title=f"{data_name}: mean and standard deviation of {SEEDS} trainings")
-    ax.set_xticks([int(n) for n in points], list(points))
-    ax.minorticks_off()
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(folder / "label_efficiency.png", dpi=120)
-
-
-def print_table(models, left_out):
-    """Table 3, the report's numbers in brackets."""
-    print(f"\n{'':16}{'test accuracy, %':>18}{'test loss':>16}{'training, s':>16}{'trained':>13}")
+def table3(models, left_out):
+    """Table 3 as lines of text, the report's numbers in brackets."""
+    lines = [f"{'':16}{'test accuracy, %':>18}{'test loss':>16}{'training, s':>16}{'trained':>13}"]
     for name, (accuracy, loss, seconds) in TABLE3.items():
         if m := models.get(name):
-            print(f"{name:16}{100 * m['test_accuracy']:11.1f} ({accuracy}){m['test_loss']:9.3f}"
-                  f" ({loss:.3f}){m['train_seconds']:9.0f} {f'({seconds})' if seconds else '':6}"
-                  f"{m['trained_parameters']:>13,} of {m['parameters']:,} parameters")
+            lines.append(
+                f"{name:16}{100 * m['test_accuracy']:11.1f} ({accuracy}){m['test_loss']:9.3f}"
+                f" ({loss:.3f}){m['train_seconds']:9.0f} {f'({seconds})' if seconds else '':6}"
+                f"{m['trained_parameters']:>13,} of {m['parameters']:,} parameters")
         elif name in left_out:
-            print(f"{name:16}left out: {left_out[name]}")
+            lines.append(f"{name:16}left out: {left_out[name]}")
+    return lines
 
 
 # --------------------------------------------------------------------------- main
+
+
+def train_and_test(t, args, run, data, splits, imagenet):
+    """All folds of one model; (its metrics, the network of its best fold by validation loss).
+
+    test_accuracy and test_loss are means over the folds, all else is of the best one.
+    """
+    folds = []
+    for fold, (train, val) in enumerate(splits):
+        train, val = ((data.x_train[idx], data.y_train[idx]) for idx in (train, val))
+        model = fit(t, run, t.title + f", fold {fold + 1}" * (len(splits) > 1), (args.seed, fold),
+                    train, val, len(data.classes), imagenet)
+        # the one look at the test set: the weights of the best validation epoch
+        logits = predict(model, data.x_test, t.mirror)
+        best = run.rows[run.best["epoch"] - 1]
+        metrics = {k: v for k, v in best.items() if k.startswith(("seen_", "val_"))}
+        if t.mirror:  # beside val_loss and val_accuracy: what it brings
+            metrics["mirror_val_loss"], metrics["mirror_val_accuracy"] = score(
+                predict(model, val[0], mirror=True), val[1])
+        folds.append((metrics, model, logits, run.rows, best["epoch"]))
+    tests = [score(logits, data.y_test) for _, _, logits, *_ in folds]
+    metrics, model, logits, rows, best_epoch = min(folds, key=lambda fold: fold[0]["val_loss"])
+    matrix = confusion_matrix(data.y_test.cpu().numpy(), logits.argmax(1).cpu().numpy(),
+                              labels=range(len(data.classes)))
+    losses, accuracies = zip(*tests, strict=True)
+    metrics = {
+        "test_accuracy": statistics.mean(accuracies), "test_loss": statistics.mean(losses),
+        "train_seconds": sum(row["seconds"] for row in rows), "best_epoch": best_epoch, **metrics,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **{k: getattr(t, k) for k in ("title", "scratch", "mirror", "schedule",
+                                      *SETTINGS["best"]["ae"])},
+        "per_class": (matrix.diagonal() / matrix.sum(1).clip(min=1)).tolist(),
+        "confusion": matrix.tolist(), "most_confused": most_confused(matrix, data.classes)}
+    if len(folds) > 1:
+        metrics |= {"fold_test_accuracy": accuracies, "test_accuracy_std": statistics.stdev(
+            accuracies), "fold_val_accuracy": [fold[0]["val_accuracy"] for fold in folds]}
+    curves, confusion = FIGURES[t.model]
+    common.plot_curves(run, curves, rows, {
+        "accuracy": ("seen_accuracy", "val_accuracy"),
+        "cross entropy, nats": ("seen_loss", "val_loss")}, f"{data.name}: {t.title}",
+        "Does the validation loss rise again while the training loss falls?")
+    draw_confusion(run, confusion, matrix, data.classes, f"{data.name}, {t.title}")
+    draw_mistakes(run, t.model, data, logits, t.title)
+    return metrics, model
 
 
 def main(argv=None):
     """Train, test once, draw; returns the metrics as a dict."""
     args = parse_args(argv)
     data = common.load_data(args)
-    trainings = dict(enumerate(plan(args, data)))  # numbered as in log and checkpoint
-    begun = args.state["fold"] if args.state else -1
-    imagenet, left_out = None, {}
-    if any(t.name == "resnet18" and n > begun for n, t in trainings.items()):
+    if args.labels:
+        return label_efficiency(args, data)
+    names, imagenet, left_out = list(TABLE3) if args.model == "all" else [args.model], None, {}
+    splits = common.splits(data.y_train, args.folds, args.seed)
+    if "resnet18" in names:
         try:
             imagenet = imagenet_weights(args)
         except LookupError as problem:
             if args.model == "resnet18" or args.weights:
                 common.fail(problem)
             left_out["resnet18"] = str(problem)
+            names.remove("resnet18")
             print(f"table 3 goes without resnet18: {problem}")
-    for n, t in list(trainings.items()):
-        skip = n not in args.state["best"] if n <= begun else t.name in left_out
-        if skip:  # now, or in the run that is resumed: what it trained has weights
-            left_out.setdefault(t.name, "left out when this run began")
-            del trainings[n]
-    if any(t.name == "ae" and not t.scratch for t in trainings.values()):
-        args.encoder = common.find_or_train(ae, args, [], args.encoder)
+    for t in (settings(args, name) for name in names if name.startswith("resnet")):
+        if t.train != "head" and any(
+                (len(idx) % t.batch_size or t.batch_size) == 1 for idx, _ in splits):
+            common.fail(f"--batch-size {t.batch_size} leaves a batch of one image, and ResNet18's "
+                        "last BatchNorm has nothing to average there: take another")
+    run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
+    if "ae" in names and not args.scratch:
+        args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=6)
 
-    with common.Run(args, data, select="val_loss") as run:
-        todo = [t for n, t in trainings.items() if n > begun]
-        print(f"{len(todo)} trainings to start, about "
-              f"{estimate(todo, args, data, imagenet) / 60:.0f} minutes of training", flush=True)
-        for n, t in trainings.items():
-            model, optimizer, schedule, x, y = prepare(t, args, data, imagenet)
-            for _, generator in run.epochs(n, (t.seed, t.fold), t.epochs, model=model,
-                                           optimizer=optimizer, schedule=schedule):
-                clock = time.perf_counter()
-                train_loss = train_epoch(model, x, y, optimizer, schedule, t, generator)
-                row = {"train_loss": train_loss, "seconds": time.perf_counter() - clock}
-                if t.val is not None:  # both in evaluation mode, so that they compare
-                    x_val, y_val = data.x_train[t.val], data.y_train[t.val]
-                    row["seen_loss"], row["seen_accuracy"] = evaluate(
-                        model, x[:len(x_val)], y[:len(x_val)])
-                    row["val_loss"], row["val_accuracy"] = evaluate(model, x_val, y_val)
-                run.end_epoch(model=t.title, **row)
-
-        # the one look at the test set: the weights of the best validation epoch, or the last ones
-        logits = {}
-        for n, t in trainings.items():
-            model = build(t, args)
-            model.load_state_dict(run.best[n]["model"])
-            logits[n] = predict(model, data.x_test, t.mirror)
-            if t.mirror and t.val is not None:  # beside val_loss and val_accuracy: what it brings
-                t.mirror_val_loss, t.mirror_val_accuracy = score(
-                    predict(model, data.x_train[t.val], mirror=True), data.y_train[t.val])
-            t.parameters = sum(p.numel() for p in model.parameters())
-            t.trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        tests = {n: score(logits[n], data.y_test) for n in trainings}
-
-        models = {}
-        for name in TABLE3:
-            folds = [n for n, t in trainings.items() if t.name == name and t.val is not None]
-            if not folds:
-                continue
-            # the best fold is shown and kept: all but test_accuracy and test_loss, means over the
-            # folds, is of this one
-            n = min(folds, key=lambda n: run.best[n]["val_loss"])
-            rows = [r for r in run.history if r["fold"] == n]
-            best = rows[run.best[n]["epoch"] - 1]
-            matrix = confusion_matrix(data.y_test.cpu().numpy(), logits[n].argmax(1).cpu().numpy(),
-                                      labels=range(10))
-            models[name] = {
-                "test_accuracy": statistics.mean(tests[f][1] for f in folds),
-                "test_loss": statistics.mean(tests[f][0] for f in folds),
-                "train_seconds": sum(r["seconds"] for r in rows), "part": n,
-                **{k: v for k, v in vars(trainings[n]).items() if k not in (
-                    "name", "idx", "val", "seed", "fold", "optimizer")},
-                "best_epoch": best["epoch"],
-                **{k: v for k, v in best.items() if k.startswith(("seen_", "val_"))},
-                "per_class": (matrix.diagonal() / matrix.sum(1)).tolist(),
-                "confusion": matrix.tolist(),
-                "most_confused": most_confused(matrix, data.classes)}
-            if len(folds) > 1:
-                each = [tests[f][1] for f in folds]
-                models[name] |= {"fold_test_accuracy": each,
-                                 "test_accuracy_std": statistics.stdev(each)}
-            draw_model(run.folder, name, trainings[n].title, rows, matrix, data, logits[n])
-        draw_per_class(run.folder, models, data)
-        print_table(models, left_out)
-
-        metrics = {"models": models, "left_out": left_out, "has_cnn": "cnn" in models,
-                   "epochs": {name: m["epochs"] for name, m in models.items()}}
-        if args.labels:
-            efficiency = {method: {} for method, *_ in METHODS}
-            for method, points in efficiency.items():
-                for labels in args.labels:
-                    each = [tests[n][1] for n, t in trainings.items()
-                            if t.val is None and (t.method, t.labels) == (method, labels)]
-                    points[str(labels)] = {"mean": statistics.mean(each),
-                                           "std": statistics.stdev(each), "each": each}
-            draw_label_efficiency(run.folder, efficiency, data.name)
-            metrics["label_efficiency"] = efficiency
-        return run.finish(metrics)
+    models = {}
+    for name in names:
+        t = settings(args, name)
+        models[name], model = train_and_test(t, args, run, data, splits, imagenet)
+    draw_per_class(run, models, data)
+    return run.finish({"models": models, "left_out": left_out,
+                       "epochs": {name: m["epochs"] for name, m in models.items()}},
+                      table3(models, left_out), model)
 
 
 if __name__ == "__main__":
     common.start(main)
-
-
-# --------------------------------------------------------------------------- exercises
-
-# Predict first, then run. Answers, test accuracy: results/finetune*.
-# 1. `--model ae --train head --epochs 10`: 390 weights learn, the encoder has never seen a label.
-#    How far does it get? (79.0 %)
-# 2. `--model ae --epochs 6 --augment KIND`, KIND shift, flip, none, report: no image in the test
-#    set is upside down. Which one hurts? (87.6, 89.4, 89.3, 86.3 %: the last most. Shifts pay only
-#    over many epochs: 90.8 % after 80)
-# 3. `--model resnet18-random --train all --epochs 5`: what do layers cost that stay random?
-#    (90.3 % in 5 epochs; with them frozen 86.4 % in 4)
-# 4. Plant a bug: model.train() instead of the first three lines of train_epoch(). All looks well,
-#    but BatchNorm's statistics move in what is frozen.
-#    tests/test_finetune.py::test_frozen_means_bit_identical catches it.

@@ -23,8 +23,6 @@ import copy
 import math
 import statistics
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,15 +51,32 @@ RECIPES = {
 }
 
 
+MODES = {
+    "ablate": common.Mode(takes=("recipe", "judge", "epochs", "batch_size"),
+                          defaults={"epochs": 3}),
+    "compare": common.Mode(own=("ae", "vae", "gan", "gan_report"), takes=("judge",))}
+
+
 def parse_args(argv=None):
     number = common.number
-    parser = common.Parser(description=__doc__.partition("\n")[0])
-    group = parser.add_argument_group("model")
+    parser = common.Parser(__doc__)
+    group = parser.add_argument_group("what to turn first")
     group.add_argument("--noise-dim", type=number(int, 1, 784), default=32,
                        help="size D of the noise z that an image is made from")
+    group.add_argument("--beta1", type=number(float, 0, 0.999), default=0.0,
+                       help="Adam's momentum: with it the two networks overshoot in turn; DCGAN "
+                            "took 0.5")
+    group.add_argument("--ablate", action="store_true",
+                       help="train once for each ingredient left out (--recipe report: put in), "
+                            "and for two other sizes of noise; 3 epochs each")
+    group.add_argument("--compare", action="store_true",
+                       help="AE, VAE and both GANs side by side; trains what is not there yet")
+    common.add_training_flags(parser, RECIPES, epochs=16, batch_size=64, lr=0.006, augment="none",
+                              folds=False)
+    group = parser.add_argument_group("model")
     group.add_argument("--filters", type=number(int, 1, 512), nargs=3, default=[128, 64, 32],
                        help="maps that enter the generator's three transposed convolutions")
-    group.add_argument("--d-filters", type=number(int, 1, 512), nargs=2, default=[32, 64],
+    group.add_argument("--d-filters", type=number(int, 1, 512), nargs=2, default=[64, 128],
                        help="maps of the discriminator's two convolutions")
     group.add_argument("--batchnorm", action=argparse.BooleanOptionalAction, default=True,
                        help="normalise the generator's maps over the batch")
@@ -72,38 +87,19 @@ def parse_args(argv=None):
     group.add_argument("--init-std", type=number(float, 0, 1), default=0.0,
                        help="first weights from N(0, this), DCGAN: 0.02; 0: PyTorch's own")
     group = parser.add_argument_group("optimisers")
-    group.add_argument("--beta1", type=number(float, 0, 0.999), default=0.0,
-                       help="Adam's momentum: with it the two networks overshoot in turn; DCGAN "
-                            "took 0.5")
     group.add_argument("--schedule", choices=("linear", "constant"), default="linear",
                        help="linear: both learning rates fall to zero")
     group.add_argument("--ema", type=number(float, 0, 0.99999), default=0.999,
                        help="samples come from a moving average of G's weights; 0: from G itself")
-    group = parser.add_argument_group("comparisons")
-    group.add_argument("--ablate", action="store_true",
-                       help="train once for each ingredient left out (--recipe report: put in), "
-                            "and for two other sizes of noise; 3 epochs each")
-    group.add_argument("--compare", action="store_true",
-                       help="train nothing: judge the generators of finished runs, by default "
-                            "the newest in runs/")
-    for name in ("ae", "vae", "gan-report", "gan"):
-        group.add_argument(f"--{name}", type=common.folder, metavar="DIR",
+    group = parser.add_argument_group("runs of other chapters")
+    for name in ("ae", "vae", "gan", "gan-report"):
+        group.add_argument(f"--{name}", type=common.path, metavar="DIR",
                            help="for --compare: take this run")
-    group.add_argument("--judge", type=common.folder, metavar="DIR",
-                       help="the run of finetune.py whose CNN judges the samples; None: the newest "
-                            "in runs/, trained first where there is none")
-    common.add_flags(parser, RECIPES, epochs=12, batch_size=64, lr=0.006, augment="none",
-                     folds=False)
-    args = parser.parse_args(argv)  # a first look: which mode is it?
-    if args.compare:
-        common.refuse_others(parser, argv, "--compare", (
-            "compare", "ae", "vae", "gan", "gan_report", "judge"))
-    elif args.ae or args.vae or args.gan or args.gan_report:
-        parser.error("--ae, --vae, --gan and --gan-report belong to --compare")
-    recipes = {name: {**flags, "epochs": 3} for name, flags in RECIPES.items()}
-    # --fast has few steps: an average over a thousand would still show the first weights
-    return common.parse(parser, "gan", argv, recipes if args.ablate else RECIPES,
-                        fast={"epochs": 3, "ema": 0.9})
+    group.add_argument("--judge", type=common.path, metavar="DIR",
+                       help="the run of finetune.py whose CNN judges the samples; without it that "
+                            "of `finetune.py --model cnn --epochs 8`, made first if need be")
+    common.add_run_flags(parser)
+    return common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3}, modes=MODES)
 
 
 # --------------------------------------------------------------------------- model
@@ -134,7 +130,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, 1, 28, 28) -> logits (B,): above 0 is "real"."""
 
-    def __init__(self, filters=(32, 64)):
+    def __init__(self, filters=(64, 128)):
         super().__init__()
         f1, f2 = filters
         self.block1 = nn.Sequential(nn.Conv2d(1, f1, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
@@ -162,13 +158,8 @@ def build(args):
 
 
 def load_run(folder):
-    """The generator of a finished run of this script, its best epoch."""
-    state = common.load_checkpoint(Path(folder) / "checkpoint.pt", "gan")
-    flags = state["config"]["flags"]
-    with common.reading(folder):
-        netG = Generator(flags["noise_dim"], flags["filters"], flags["batchnorm"])
-        common.restore(netG, state["best"][0]["model"], folder)
-    return netG
+    """The generator that a finished run of this script shows."""
+    return common.load_run(folder, "gan", parse_args, lambda args: build(args)[0])
 
 
 # --------------------------------------------------------------------------- loss
@@ -184,18 +175,18 @@ def bce(logits, target):
 # --------------------------------------------------------------------------- training
 
 
-def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, generator):
+def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, rng, steps=0):
     """One pass over x (N, 1, 28, 28). Returns the epoch's means as a dict, weighed by images.
 
     d_loss, g_loss; d_accuracy_real, d_accuracy_fake: how often D was right, before its step;
     g_gradient: the norm of G's gradient. Adam divides by its usual size, so a small one alone does
-    not slow G down.
+    not slow G down. steps: how many were made before, for the average's warm-up.
     """
     netG.train(), netD.train()
-    totals = {}
-    for step, idx in enumerate(common.batches(len(x), args.batch_size, generator, x.device)):
-        real = common.augment(x[idx], args.augment, generator)
-        z = torch.randn(len(idx), args.noise_dim, generator=generator).to(x.device)
+    totals = 0.0
+    for step, idx in enumerate(common.batches(len(x), args.batch_size, rng, x.device), steps):
+        real = common.augment(x[idx], args.augment, rng)
+        z = torch.randn(len(idx), args.noise_dim, generator=rng).to(x.device)
 
         # step 1, D: "real" for real images, "fake" for G's. detach: this is no step of G
         fake = netG(z)
@@ -212,24 +203,23 @@ def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, g
         g_loss.backward(inputs=list(netG.parameters()))
         g_optimizer.step()
 
-        update_average(ema, netG, args.ema)
+        update_average(ema, netG, min(args.ema, (1 + step) / (10 + step)))
         for schedule in schedules:
             schedule.step()
 
-        for name, value in {
-                "d_loss": common.finite(d_loss, step), "g_loss": common.finite(g_loss, step),
-                "d_accuracy_real": (real_logits > 0).float().mean().item(),
-                "d_accuracy_fake": (fake_logits < 0).float().mean().item(),
-                "g_gradient": get_total_norm(p.grad for p in netG.parameters()).item()}.items():
-            totals[name] = totals.get(name, 0.0) + value * len(idx)
-    return {name: total / len(x) for name, total in totals.items()}
+        totals += len(idx) * torch.stack([  # stays on the device: .item() would make a GPU wait
+            d_loss.detach(), g_loss.detach(), (real_logits > 0).float().mean(),
+            (fake_logits < 0).float().mean(), get_total_norm(p.grad for p in netG.parameters())])
+    return dict(zip(("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake", "g_gradient"),
+                    (totals / len(x)).tolist(), strict=True))
 
 
 @torch.no_grad()
 def update_average(ema, netG, decay):
     """ema = decay * ema + (1 - decay) * netG, for weights and for BatchNorm's statistics.
 
-    G circles around a good place rather than reach it; the average lies inside.
+    G circles around a good place rather than reach it; the average lies inside. The decay grows
+    with the steps, (1 + t) / (10 + t) at most: else the first random weights would count for long.
     """
     for average, value in zip(ema.state_dict().values(), netG.state_dict().values(), strict=True):
         if average.is_floating_point():  # the other one counts batches
@@ -245,31 +235,30 @@ def make_optimizer(net, args, n):
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def fit(args, run, part, x_train, judge, real_val):
-    """Train one GAN as the given part of the run.
+def fit(args, run, part, seeds, x_train, judge, real_val):
+    """Train one GAN as one part of the run; returns its best epoch's averaged generator, and D.
 
-    real_val: the judge's features of the validation images. Returns the averaged generator, D and
-    the album (epochs, 10, 1, 28, 28): what the same ten noise vectors gave after each epoch.
+    real_val: the judge's features of the validation images. run.images: what the same ten noise
+    vectors gave after each epoch. seeds: numbers that, with the epoch, decide every draw.
     """
-    common.seed_everything(args.seed)
+    common.seed_everything(*seeds)
     netG, netD = build(args)
     ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
     g_optimizer, g_schedule = make_optimizer(netG, args, len(x_train))
     d_optimizer, d_schedule = make_optimizer(netD, args, len(x_train))
-    album = nn.Module()  # a module, so that checkpoints hold its images
-    album.register_buffer("x", torch.zeros(args.epochs, 10, 1, 28, 28))
-    for epoch, generator in run.epochs(
-            part, (args.seed,), model=ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
-            d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule, album=album):
-        clock = time.perf_counter()
+    first = run.resume(part, model=ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
+                       d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule)
+    for epoch in range(first, args.epochs + 1):
+        rng = common.seed_everything(*seeds, epoch)
         row = train_epoch(netG, netD, ema, x_train, g_optimizer, d_optimizer,
-                          (g_schedule, d_schedule), args, generator)
-        seconds = time.perf_counter() - clock
-        album.x[epoch - 1] = sample(ema, noise(10, args.noise_dim, 1, args.device))
+                          (g_schedule, d_schedule), args, rng,
+                          steps=(epoch - 1) * math.ceil(len(x_train) / args.batch_size))
         x = sample(ema, noise(len(real_val) // 2, args.noise_dim, 0, args.device))
-        run.end_epoch(**row, val_frechet=frechet_distance(features(judge, x), real_val),
-                      seconds=seconds)
-    return ema, netD, album.x
+        distance = frechet_distance(features(judge, x), real_val)
+        run.end_epoch(score=distance, **row, val_frechet=distance,
+                      images=sample(ema, noise(10, args.noise_dim, 1, args.device)))
+    run.load_best(ema)
+    return ema, netD
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -326,14 +315,31 @@ def precision_recall(real, fake, k=3):
     return covered(fake, by=real), covered(real, by=fake)
 
 
+def two_sample(real, fake, n=2000):
+    """Leave-one-out 1-NN two-sample test: how often the nearest neighbour tells real from fake.
+
+    real, fake (N, F): the first n of each, pooled; each point is given the label of its nearest
+    other one (arXiv 1610.06545, 1806.07755). Returns the accuracy on the real half and on the fake
+    half: .5 and .5 if the two sets are one distribution. Both, for a mean would hide it: blurred
+    images lie near everything, so real ones are taken for fake (below .5), fake ones told (above).
+    """
+    n = min(n, len(real), len(fake))
+    pooled = torch.cat([real[:n].flatten(1), fake[:n].flatten(1)])
+    nearest = torch.cdist(pooled, pooled).fill_diagonal_(math.inf).argmin(1)
+    right = (nearest < n) == (torch.arange(2 * n, device=nearest.device) < n)
+    return right[:n].float().mean().item(), right[n:].float().mean().item()
+
+
 @torch.no_grad()
-def judge_images(judge, x, real):
-    """All metrics of images x against the features of real ones (as many of them)."""
+def judge_images(judge, x, real, real_x):
+    """All metrics of images x against real ones real_x (as many) and their features."""
     fake = features(judge, x)
     precision, recall = precision_recall(real, fake)
-    classes = common.in_batches(judge, x).argmax(1)
+    logits = common.in_batches(judge, x)
     return {"frechet": frechet_distance(real, fake), "precision": precision, "recall": recall,
-            "class_coverage": (classes.bincount(minlength=10) / len(x)).tolist()}
+            "two_sample": two_sample(real, fake), "two_sample_pixels": two_sample(real_x, x),
+            "class_coverage": (logits.argmax(1).bincount(minlength=logits.shape[1])
+                               / len(x)).tolist()}
 
 
 def nearest(x, x_train):
@@ -345,7 +351,7 @@ def nearest(x, x_train):
 # --------------------------------------------------------------------------- figures
 
 
-def draw_curves(folder, rows, floor, data_name):
+def draw_curves(run, rows, floor, data_name):
     """Figure 24: both losses over the epochs with their chance level, and what they do not show."""
     panels = {"loss": ("d_loss", "g_loss"), "D's accuracy": ("d_accuracy_real", "d_accuracy_fake"),
               "Frechet distance to validation images": ("val_frechet",),
@@ -361,43 +367,35 @@ def draw_curves(folder, rows, floor, data_name):
             ax.axhline(0.5, color="gray", ls="--", label="chance level")
         if keys == ("val_frechet",):
             ax.axhline(floor, color="gray", ls="--", label="training images")
-            ax.set_yscale("log")
+            ax.set_ylim(0)
         ax.set(xlabel="epoch", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend()
-    fig.suptitle(f"{data_name}: the losses of a GAN, and what its samples are worth")
-    fig.savefig(folder / "fig24_loss.png", dpi=120)
+    fig.suptitle(f"{data_name}: the losses stay at chance level while the samples improve")
+    run.save(fig, "fig24_loss", "Could you tell from the losses when the samples became good?")
 
 
-def draw_rows(folder, name, rows, columns, title):
-    """Write folder/name.png: rows {label: images}, one above the other."""
-    heights = [math.ceil(len(x) / columns) for x in rows.values()]
-    fig = Figure(figsize=(0.6 * columns + 2.2, 0.62 * sum(heights) + 0.7), layout="constrained")
-    axes = fig.subplots(len(rows), height_ratios=heights, squeeze=False)[:, 0]
-    for ax, (label, x) in zip(axes, rows.items(), strict=True):
-        common.show_images(ax, x, columns)
-        ax.set_ylabel(label, rotation=0, ha="right", va="center")
-    fig.suptitle(title)
-    fig.savefig(folder / f"{name}.png", dpi=120)
-
-
-def draw_samples(folder, netG, args, data, album, x_train):
+def draw_samples(run, netG, data, x_train):
     """Figure 25, the nearest training images, one noise over the epochs, a walk between two."""
+    args, album = run.args, run.images
     x = sample(netG, noise(56, args.noise_dim, 1, args.device))
-    draw_rows(folder, "fig25_samples", {"test images": data.x_test[:56], "generated": x}, 14,
-              f"{data.name}: real and generated images")
+    common.draw_rows(run, "fig25_samples", {"test images": data.x_test[:56], "generated": x}, 14,
+                     f"{data.name}: real and generated images", "Which half is real?")
     rows = {"generated": x[:14], "nearest in\ntraining set": nearest(x[:14], x_train)[0]}
-    draw_rows(folder, "nearest", rows, 14, f"{data.name}: does the generator copy?")
+    common.draw_rows(run, "nearest", rows, 14, f"{data.name}: does the generator copy?",
+                     "Alike, or the same?")
     shown = np.unique(np.geomspace(1, len(album), 8).round().astype(int))
-    draw_rows(folder, "epochs", {f"epoch {e}": album[e - 1] for e in shown}, album.shape[1],
-              f"{data.name}: the same noise vectors over the epochs")
+    common.draw_rows(run, "epochs", {f"epoch {e}": album[e - 1] for e in shown}, len(album[0]),
+                     f"{data.name}: the same noise vectors over the epochs",
+                     "When do shapes settle, and when details?")
     z = noise(12, args.noise_dim, 2, args.device)
     angle = torch.linspace(0, math.pi / 2, 12, device=z.device)[:, None]
     # cos * a + sin * b is again N(0, I); halfway on a straight line z would be too short
     walks = [angle.cos() * a + angle.sin() * b for a, b in zip(z[:6], z[6:], strict=True)]
-    common.draw_images(folder, "interpolation", sample(netG, torch.cat(walks)), columns=12,
-                       title=f"{data.name}: from one noise vector to another, six times")
+    common.draw_rows(run, "interpolation", {"": sample(netG, torch.cat(walks))}, 12,
+                     f"{data.name}: from one noise vector to another, six times",
+                     "Is every image on the way an image?")
 
 
 # --------------------------------------------------------------------------- comparisons
@@ -420,59 +418,47 @@ VARIANTS = {  # one change at a time
 }
 
 
-def ablate(args, data):
-    """Train each variant of the recipe, all equally long; returns the metrics.
+def ablate(args, data, seeds=2):
+    """Train each variant of the recipe with each seed, all equally long; returns the metrics.
 
-    On validation data: which ingredient to take is a choice. One short training each, from the
-    same seed: a hint, and a difference no larger than that to "other seed" is not even that.
-    Widths and batch size also differ between the two recipes and are not varied.
+    On validation data: which ingredient to take is a choice. The variants share each seed's split
+    and judge; a difference no larger than that between the seeds of the first one is none. Widths
+    and batch size also differ between the two recipes and are not varied.
     """
-    variants = VARIANTS[args.recipe] | {"other seed": {"seed": (args.seed + 1) % 2**32}}
-    judge = finetune.load_judge(args)
-    with common.Run(args, data, select="val_frechet") as run:
-        train, val = common.splits(data.y_train, 1, args.seed)[0]
-        real_val = features(judge, data.x_train[val])
-        for part, (name, change) in enumerate(variants.items()):
-            print(f"{name}:")
-            flags = argparse.Namespace(**vars(args) | change)
-            fit(flags, run, part, data.x_train[train], judge, real_val)
+    run = common.Run(args, data, columns=("d_loss", "g_loss", "val_frechet"))
+    judge = finetune.load_judge(args, data)
+    ablation = {}
+    for name, change in VARIANTS[args.recipe].items():
+        ends = []
+        for seed in ((args.seed + s) % 2**32 for s in range(seeds)):
+            train, val = common.splits(data.y_train, 1, seed)[0]
+            fit(argparse.Namespace(**vars(args) | change), run, f"{name}, seed {seed}", (seed,),
+                data.x_train[train], judge, features(judge, data.x_train[val]))
+            ends.append(run.rows[-1])
+        ablation[name] = {**{k: statistics.mean(row[k] for row in ends) for k in (
+            "val_frechet", "d_loss", "g_loss")}, "each": [row["val_frechet"] for row in ends]}
+    draw_ablation(run, ablation, f"{data.name}, {args.epochs} epochs each")
+    return run.finish({"ablation": ablation}, [
+        f"{'Frechet distance, validation':30}{'mean':>8}{'each seed':>18}{'D':>8}{'G':>8}",
+        *(f"{name:30}{row['val_frechet']:8.1f}{' '.join(f'{v:.1f}' for v in row['each']):>18}"
+          f"{row['d_loss']:8.3f}{row['g_loss']:8.3f}" for name, row in sorted(
+              ablation.items(), key=lambda item: item[1]["val_frechet"]))])
 
-        ends = [r for r in run.history if r["epoch"] == args.epochs]  # one for each variant
-        ablation = dict(zip(variants, ends, strict=True))
-        for name, row in ablation.items():
-            print(f"{name:21} Frechet {row['val_frechet']:6.1f}   D {row['d_loss']:.3f}   "
-                  f"G {row['g_loss']:.3f}")
-        draw_ablation(run.folder, ablation, f"{data.name}, {args.epochs} epochs each")
-        return run.finish({"ablation": ablation})
 
-
-def draw_ablation(folder, ablation, title):
-    """The Frechet distance of each variant at its end; the losses of all would look alike."""
-    fig = Figure(figsize=(7, 0.35 * len(ablation) + 1), layout="constrained")
+def draw_ablation(run, ablation, title):
+    """The Frechet distance of each variant, best first; the losses of all would look alike."""
+    rows = sorted(ablation.items(), key=lambda item: -item[1]["val_frechet"])
+    fig = Figure(figsize=(7, 0.35 * len(rows) + 1.2), layout="constrained")
     ax = fig.subplots()
-    bars = ax.barh(list(ablation), [row["val_frechet"] for row in ablation.values()])
-    ax.bar_label(bars, fmt="%.3g", padding=3)
-    ax.margins(x=0.1)
-    ax.invert_yaxis()
-    ax.set(xlabel="Frechet distance to validation images", title=title)
-    fig.savefig(folder / "ablation.png", dpi=120)
-
-
-def find_runs(args):
-    """{flag: folder} of the four runs that --compare needs; exit 2 where one is missing."""
-    folders, this = {}, sys.modules[__name__]
-    for name, script, flags in (("ae", ae, []), ("vae", vae, []),
-                                ("gan-report", this, ["--recipe", "report"]), ("gan", this, [])):
-        path, wanted = getattr(args, name.replace("-", "_")), common.made_by(script, flags)
-        wanted.pop("judge", None)  # --compare judges all anew
-        if path:  # it may have other flags, but of the two GANs neither the other's recipe
-            wanted = {"recipe": wanted["recipe"]} if script is this else {}
-        script = Path(script.__file__).stem
-        folders[name] = common.find_run(script, args.data, path, **wanted)
-        if not folders[name]:
-            common.fail(f"--compare needs a run for --{name}, and runs/ has none. This makes one: "
-                        + " ".join(["python", f"{script}.py", *flags, "--data", args.data]))
-    return folders
+    for y, (_, row) in enumerate(rows):
+        ax.scatter(row["each"], [y] * len(row["each"]), color="C0")
+    first = next(iter(ablation.values()))["each"]
+    ax.axvspan(min(first), max(first), color="gray", alpha=0.3, label="seeds of the recipe itself")
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+    ax.set(xlabel="Frechet distance to validation images, a dot for each seed", title=title)
+    ax.grid(alpha=0.3, axis="x")
+    ax.legend()
+    run.save(fig, "ablation", "What lies in the grey band cannot be told from the recipe itself.")
 
 
 def samplers(folders, args, data):
@@ -498,7 +484,7 @@ def samplers(folders, args, data):
         return lambda seed: sample(netG, noise(n, dim, seed, args.device))
 
     def shuffled(x, seed):
-        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
+        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)]
 
     print("fitting Gaussians to the codes of AE and VAE", flush=True)
     z_ae, z_vae = ae.encode(netA, x_train), vae.encode(netV, x_train)[0]
@@ -514,26 +500,36 @@ def samplers(folders, args, data):
 
 def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
-    folders, judge = find_runs(args), finetune.load_judge(args)
-    with common.Run(args, data) as run:
-        rows, results = {}, {}
-        draws = samplers(folders, args, data)
-        print("mean +- standard deviation over three sets of samples of one training each")
-        real = features(judge, data.x_test)
-        for name, draw in draws.items():
-            sets = [draw(seed) for seed in range(10, 13)]  # not the seed that chose the best epoch
-            each = [judge_images(judge, x, real) for x in sets]
-            result = {"class_coverage": each[0]["class_coverage"]}
-            for key in ("frechet", "precision", "recall"):
-                values = [r[key] for r in each]
-                result |= {key: statistics.mean(values), f"{key}_std": statistics.stdev(values)}
-            print(f"{name:21}", *(f"{key} {result[key]:7.2f} +- {result[f'{key}_std']:.2f}  "
-                                  for key in ("frechet", "precision", "recall")), flush=True)
-            results[name] = result
-            rows[f"{name}\nFrechet {result['frechet']:.1f}"] = sets[0][:14]
-        draw_rows(run.folder, "generators", rows, 14,
-                  f"{data.name}: which model is the best generator?")
-        return run.finish({"samples": len(real), "generators": results})
+    this = sys.modules[__name__]
+    needs = {"ae": (ae, [], 6), "vae": (vae, [], 3), "gan": (this, [], 25),
+             "gan-report": (this, ["--recipe", "report"], 30)}  # script, flags, minutes
+    named = {name: folder for name in needs if (folder := getattr(args, name.replace("-", "_")))}
+    for name, folder in named.items():  # a wrong name is said before anything is trained
+        common.read_config(folder, name.removesuffix("-report"))
+    run = common.Run(args, data)
+    judge = finetune.load_judge(args, data)
+    folders = {name: named.get(name) or common.trained(script, name, args, flags, minutes)
+               for name, (script, flags, minutes) in needs.items()}
+    rows, results = {}, {}
+    draws = samplers(folders, args, data)
+    real = features(judge, data.x_test)
+    for name, draw in draws.items():
+        sets = [draw(seed) for seed in range(10, 13)]  # not the seed that chose the best epoch
+        each = [judge_images(judge, x, real, data.x_test) for x in sets]
+        results[name] = {key: each[0][key] for key in (
+            "class_coverage", "two_sample", "two_sample_pixels")}
+        for key in ("frechet", "precision", "recall"):
+            values = [r[key] for r in each]
+            results[name] |= {key: statistics.mean(values), f"{key}_std": statistics.stdev(values)}
+        rows[f"{name}\nFrechet {results[name]['frechet']:.1f}"] = sets[0][:14]
+    common.draw_rows(run, "generators", rows, 14, f"{data.name}: which model is the best "
+                     "generator?", "Look for blur, and for kinds of clothes that are never made.")
+    return run.finish({"samples": len(real), "generators": results, "runs": folders}, [
+        "mean of three sets of samples of one training each; 1-NN: how often real and generated "
+        "are told",
+        f"{'':22}{'Frechet':>9}{'precision':>11}{'recall':>8}{'1-NN real, generated':>24}",
+        *(f"{name:22}{r['frechet']:9.1f}{r['precision']:11.2f}{r['recall']:8.2f}"
+          f"{r['two_sample'][0]:18.2f}{r['two_sample'][1]:6.2f}" for name, r in results.items())])
 
 
 # --------------------------------------------------------------------------- main
@@ -547,51 +543,46 @@ def main(argv=None):
         return compare(args, data)
     if args.ablate:
         return ablate(args, data)
-    judge = finetune.load_judge(args)
-    with common.Run(args, data, select="val_frechet") as run:
-        train, val = common.splits(data.y_train, 1, args.seed)[0]
-        x_train, x_val = data.x_train[train], data.x_train[val]
-        real_val = features(judge, x_val)
-        netG, netD, album = fit(args, run, 0, x_train, judge, real_val)
+    run = common.Run(args, data, columns=("d_loss", "g_loss", "val_frechet"))
+    judge = finetune.load_judge(args, data)
+    train, val = common.splits(data.y_train, 1, args.seed)[0]
+    x_train, x_val = data.x_train[train], data.x_train[val]
+    real_val = features(judge, x_val)
+    netG, netD = fit(args, run, args.recipe, (args.seed,), x_train, judge, real_val)
 
-        # the one look at the test set, with the weights of the best validation epoch
-        netG.load_state_dict(run.best[0]["model"])
-        n, real = len(data.x_test), features(judge, data.x_test)
-        x = sample(netG, noise(n, args.noise_dim, 3, args.device))
-        # the judge was trained on most of these, so this is not quite the floor of new images
-        floor = judge_images(judge, x_train[:n], real)
-        metrics = {**judge_images(judge, x, real), **{f"{k}_floor": v for k, v in floor.items()}}
-        # closer to the training images than test images are: copies, or blur, for a smooth image
-        # is near to everything; nearest.png tells which
-        for key, images in (("nearest", x[:1000]), ("nearest_floor", data.x_test[:1000])):
-            metrics[key] = nearest(images, x_train)[1].median().item()
-        floor_val = frechet_distance(features(judge, x_train[:len(x_val) // 2]), real_val)
-        draw_curves(run.folder, run.history, floor_val, data.name)
-        draw_samples(run.folder, netG, args, data, album, x_train)
+    # the one look at the test set, with the weights of the best validation epoch
+    n, real = len(data.x_test), features(judge, data.x_test)
+    x = sample(netG, noise(n, args.noise_dim, 3, args.device))
+    found = judge_images(judge, x, real, data.x_test)
+    # the judge was trained on most of these, so this is not quite the floor of new images
+    floor = judge_images(judge, x_train[:n], real, data.x_test)
+    # closer to the training images than test images are: copies, or blur, for a smooth image
+    # is near to everything; nearest.png tells which
+    near, near_test = (nearest(images, x_train)[1].median().item()
+                       for images in (x[:1000], data.x_test[:1000]))
+    draw_curves(run, run.rows, frechet_distance(
+        features(judge, x_train[:len(x_val) // 2]), real_val), data.name)
+    draw_samples(run, netG, data, x_train)
 
-        last = run.history[-1]  # table 2; the samples are those of the best epoch
-        metrics |= {k: last[k] for k in ("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake")}
-        metrics |= {"samples": n, "g_gradient": [run.history[0]["g_gradient"], last["g_gradient"]],
-                    "val_frechet": run.best[0]["val_frechet"], "best_epoch": run.best[0]["epoch"],
-                    "noise_dim": args.noise_dim, "recipe": args.recipe,
-                    "parameters": sum(p.numel() for net in (netG, netD) for p in net.parameters())}
-        return run.finish(metrics)
+    last = run.rows[-1]  # table 2; the samples are those of the best epoch
+    return run.finish({
+        **found, **{f"{k}_floor": v for k, v in floor.items()}, "nearest": near,
+        "nearest_floor": near_test,
+        **{k: last[k] for k in ("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake")},
+        "samples": n, "g_gradient": [run.rows[0]["g_gradient"], last["g_gradient"]],
+        "val_frechet": run.best["score"], "best_epoch": run.best["epoch"],
+        "noise_dim": args.noise_dim, "recipe": args.recipe,
+        "parameters": sum(p.numel() for net in (netG, netD) for p in net.parameters())}, [
+        f"{f'{n:,} samples, {n:,} test images':34}{'Frechet':>9}{'precision':>11}{'recall':>8}"
+        f"{'D loss':>9}{'G loss':>9}",
+        f"{'this GAN':34}{found['frechet']:9.1f}{found['precision']:11.2f}{found['recall']:8.2f}"
+        f"{last['d_loss']:9.3f}{last['g_loss']:9.3f}",
+        f"{'training images: the floor':34}{floor['frechet']:9.1f}{floor['precision']:11.2f}"
+        f"{floor['recall']:8.2f}",
+        f"{'the report':62}{1.36:9.2f}{0.72:9.2f}",
+        f"{'chance level, 2 ln 2 and ln 2':62}{CHANCE['d_loss']:9.3f}{CHANCE['g_loss']:9.3f}"],
+        netG)
 
 
 if __name__ == "__main__":
     common.start(main)
-
-
-# --------------------------------------------------------------------------- exercises
-
-# Predict first, then run. Answers: results/gan-ablate, the Frechet distance to validation images
-# after 3 epochs, where ours has 62.3.
-# 1. `--epochs 3 --lr 0.0002` or `--epochs 3 --beta1 0.5`, both as in the report: which costs more?
-#    Could you tell by the losses? (150.7 and 100.9. D's loss is 1.22 and 1.32, further from chance
-#    level than ours: no)
-# 2. `--epochs 3 --noise-dim 8`: can 8 numbers make as good images as 32? And do 128 make better
-#    ones? (59.0 and 68.9: more noise is no help)
-# 3. `--epochs 3 --ema 0`: does the average help this early? (51.8: not yet, it still holds the
-#    weights of the first steps)
-# 4. Plant a bug: netG.train() instead of netG.eval() in sample(). The pictures look the same, but
-#    each depends on its 99 neighbours. tests/test_gan.py::test_sampling_is_evaluation catches it.

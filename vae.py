@@ -7,7 +7,7 @@ Section 2 of the report: a variational autoencoder, its latent space, traversals
     python vae.py --sweep 0.25 1 4 16   one training per beta: the rate-distortion picture
     python vae.py --recipe report       squared error + beta * KL, as we read the report
     python vae.py --fast                smoke test in seconds
-    python vae.py --latent-dim 2 --hidden 48 --augment none --epochs 16 --lr 0.006
+    python vae.py --latent-dim 2 --hidden 48 --epochs 16 --lr 0.006 --batch-size 64
                                         a latent space that fits on paper
 
 FashionMNIST test images, one seed (results/vae*): MSE .0112 at beta 1 (PCA .0195), KL 50 nats, all
@@ -15,59 +15,61 @@ FashionMNIST test images, one seed (results/vae*): MSE .0112 at beta 1 (PCA .019
 latent 2 .0256 (PCA .0461). Each run writes to a new folder in runs/.
 """
 
-import copy
+import argparse
 import math
 import statistics
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-import ae
 import common
 
 # --------------------------------------------------------------------------- flags
 
 RECIPES = {
     "best": {},
-    # squared error + beta * KL is a Gaussian likelihood of variance 1/2, up to a constant
-    "report": {"sigma": math.sqrt(0.5)},
+    # squared error + beta * KL is a Gaussian likelihood of variance 1/2, up to a constant. The
+    # report flips its images; it gives no rate, batch or epochs
+    "report": {"sigma": math.sqrt(0.5), "augment": "flip"},
 }
+MODES = {"sweep": common.Mode(takes=(
+    "beta", "latent_dim", "hidden", "filters", "decoder_filters", "sigma", "start_class", "dims",
+    "epochs", "lr", "batch_size", "augment", "recipe"))}
 
 
 def parse_args(argv=None):
     number = common.number
-    parser = common.Parser(description=__doc__.partition("\n")[0])
-    group = parser.add_argument_group("model")
+    parser = common.Parser(__doc__)
+    group = parser.add_argument_group("what to turn first")
+    group.add_argument("--beta", type=number(float, 0, 1e6), default=1.0,
+                       help="weight of the KL: more makes z simpler and images blurrier")
     group.add_argument("--latent-dim", type=number(int, 2, 784), default=18,
                        help="size D of the code z")
+    group.add_argument("--sweep", type=number(float, 0, 1e6), nargs="+", metavar="BETA",
+                       help="train once with each of these betas; --beta says which one to show")
+    group = parser.add_argument_group("model and loss")
+    group.add_argument("--sigma", type=number(float, 1e-3, 1e3),
+                       help="standard deviation of a pixel given z; without it, it is learned")
     group.add_argument("--hidden", type=number(int, 0, 4096), default=0,
                        help="width of a layer before mu and logvar, and of one after z; 0: none")
     group.add_argument("--filters", type=number(int, 1, 512), nargs=2, default=[16, 32],
                        help="maps of the encoder's two convolutions")
     group.add_argument("--decoder-filters", type=number(int, 1, 512), nargs=2, default=[32, 32],
                        help="maps that enter the decoder's two transposed convolutions")
-    group = parser.add_argument_group("loss")
-    group.add_argument("--beta", type=number(float, 0, 1e6), default=1.0,
-                       help="weight of the KL: more makes z simpler and images blurrier")
-    group.add_argument("--sweep", type=number(float, 0, 1e6), nargs="+", metavar="BETA",
-                       help="train once with each of these betas; --beta says which one to show")
-    group.add_argument("--sigma", type=number(float, 1e-3, 1e3),
-                       help="standard deviation of a pixel given z; None: learned")
+    common.add_training_flags(parser, RECIPES, epochs=8, batch_size=128, lr=0.008, augment="none")
     group = parser.add_argument_group("figures")
-    group.add_argument("--start-class", metavar="NAME",
-                       help="class of the test image where traversals start; None: Bag, or digit 8")
+    group.add_argument("--start-class", metavar="NAME", help="class of the test image where "
+                       "traversals start; without it Bag, the 8 of the digits, or the last class")
     group.add_argument("--dims", type=number(int, 0, 783), nargs=2, metavar="D",
-                       help="dimensions to traverse, from 0; None: the two with the largest KL")
-    common.add_flags(parser, RECIPES, epochs=12, batch_size=64, lr=0.004, augment="flip")
-    args = common.parse(parser, "vae", argv, RECIPES, fast={"epochs": 3})
+                       help="dimensions to traverse, from 0; without it those with the largest KL")
+    common.add_run_flags(parser)
+    args = common.parse(parser, "vae", argv, RECIPES, fast={"epochs": 3}, modes=MODES,
+                        redraw=("start_class", "dims"))
     if args.dims and max(args.dims) >= args.latent_dim:
         parser.error(f"--dims {max(args.dims)}: z has dimensions 0 to {args.latent_dim - 1}")
-    if args.sweep and args.folds > 1:
-        parser.error("--sweep and --folds: choose one")
     return args
 
 
@@ -84,11 +86,10 @@ class Encoder(nn.Module):
                                     nn.MaxPool2d(2))
         self.block2 = nn.Sequential(nn.Conv2d(f1, f2, 3), nn.ReLU(), nn.BatchNorm2d(f2),
                                     nn.MaxPool2d(2))
-        width = hidden or f2 * 5 * 5
-        self.linear = nn.Sequential(nn.Linear(f2 * 5 * 5, hidden), nn.ReLU()) if hidden else (
-            nn.Identity())
-        self.mu = nn.Linear(width, latent_dim)
-        self.logvar = nn.Linear(width, latent_dim)
+        flat = f2 * 5 * 5
+        self.linear = nn.Sequential(nn.Linear(flat, hidden), nn.ReLU()) if hidden else nn.Identity()
+        self.mu = nn.Linear(hidden or flat, latent_dim)
+        self.logvar = nn.Linear(hidden or flat, latent_dim)
 
     def forward(self, x):               # (B, 1, 28, 28)
         x = self.block1(x)              # (B, f1, 13, 13)
@@ -132,32 +133,30 @@ class VAE(nn.Module):
         self.log_sigma = nn.Parameter(torch.tensor(-1.0 if sigma is None else math.log(sigma)),
                                       requires_grad=sigma is None)
 
-    def forward(self, x, generator):
+    def forward(self, x, rng):
         mu, logvar = self.encoder(x)
-        z = reparameterize(mu, logvar, generator)
+        z = reparameterize(mu, logvar, rng)
         return self.decoder(z), mu, logvar
 
 
+def build(args):
+    """The VAE as the flags say."""
+    return VAE(args.latent_dim, args.hidden, args.filters, args.decoder_filters,
+               args.sigma).to(args.device)
+
+
 def load_run(folder):
-    """The VAE of a finished run of this script: the best weights of its last fold or --beta."""
-    state = common.load_checkpoint(Path(folder) / "checkpoint.pt", "vae")
-    with common.reading(folder):
-        flags, part = state["config"]["flags"], max(state["best"])
-        if flags["beta"] in (flags["sweep"] or []):
-            part = flags["sweep"].index(flags["beta"])
-        model = VAE(flags["latent_dim"], flags["hidden"], flags["filters"],
-                    flags["decoder_filters"], flags["sigma"])
-        common.restore(model, state["best"][part]["model"], folder)
-    return model
+    """The VAE that a finished run of this script shows."""
+    return common.load_run(folder, "vae", parse_args, build)
 
 
-def reparameterize(mu, logvar, generator):
+def reparameterize(mu, logvar, rng):
     """z (B, D) ~ N(mu, exp(logvar)), written so that gradients reach mu and logvar.
 
     The randomness is in eps, which depends on nothing (Kingma and Welling, arXiv 1312.6114, 2.4).
     It is drawn on the CPU: the same on every device.
     """
-    eps = torch.randn(mu.shape, generator=generator).to(mu.device)
+    eps = torch.randn(mu.shape, generator=rng).to(mu.device)
     return mu + torch.exp(0.5 * logvar.clamp(max=20)) * eps  # exp(200) would be inf
 
 
@@ -195,22 +194,51 @@ def loss_function(recon_x, x, mu, logvar, log_sigma, beta):
 # --------------------------------------------------------------------------- training
 
 
-def train_epoch(model, x, optimizer, schedule, beta, args, generator):
+def train_epoch(model, x, optimizer, schedule, args, rng):
     """One pass over x (N, 1, 28, 28); returns the mean loss in nats per image."""
     model.train()
     total = 0.0
-    for step, idx in enumerate(common.batches(len(x), args.batch_size, generator, x.device)):
-        batch = common.augment(x[idx], args.augment, generator)
+    for idx in common.batches(len(x), args.batch_size, rng, x.device):
+        batch = common.augment(x[idx], args.augment, rng)
 
-        recon_x, mu, logvar = model(batch, generator)
-        loss = loss_function(recon_x, batch, mu, logvar, model.log_sigma, beta)
+        recon_x, mu, logvar = model(batch, rng)
+        loss = loss_function(recon_x, batch, mu, logvar, model.log_sigma, args.beta)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
 
-        total += common.finite(loss, step) * len(idx)
-    return total / len(x)
+        total += loss.detach() * len(idx)  # stays on the device: .item() would make a GPU wait
+    return total.item() / len(x)
+
+
+def fit(args, run, part, seeds, x_train, x_val):
+    """Train a VAE on x_train (N, 1, 28, 28) as one part of the run; returns its best epoch's.
+
+    seeds: numbers that, with the epoch, decide every draw.
+    """
+    common.seed_everything(*seeds)
+    model = build(args)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, epochs=args.epochs,
+        steps_per_epoch=math.ceil(len(x_train) / args.batch_size))
+    first = run.resume(part, model=model, optimizer=optimizer, schedule=schedule)
+    for epoch in range(first, args.epochs + 1):
+        rng = common.seed_everything(*seeds, epoch)
+        train_loss = train_epoch(model, x_train, optimizer, schedule, args, rng)
+        # both in evaluation mode and without augmentation, so that the two compare
+        seen = evaluate(model, x_train[:len(x_val)], args.beta)
+        unseen = evaluate(model, x_val, args.beta)
+        run.end_epoch(
+            score=unseen["loss"], beta=args.beta, train_loss=train_loss, seen_loss=seen["loss"],
+            val_loss=unseen["loss"], train_mse=seen["mse"], val_mse=unseen["mse"],
+            val_kl=unseen["kl"], val_elbo=unseen["elbo"], active_units=unseen["active_units"])
+    if run.rows[-1]["active_units"] == 0:
+        print(f"warning: posterior collapse at beta {args.beta:g}: no latent unit is active, the "
+              "decoder ignores z. Try a smaller --beta", file=sys.stderr)
+    run.load_best(model)
+    return model
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -253,7 +281,7 @@ def evaluate(model, x, beta):
     cov = torch.cov(mu.T) + logvar.clamp(max=20).exp().mean(0).diag()  # of z over all images
     cov = cov.cpu().double()  # a determinant of up to 784 small numbers
     correlation = 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()
-    return {"loss": (nll + beta * kl.sum()).item(), "mse": ae.mse(decode(model, mu), x).item(),
+    return {"loss": (nll + beta * kl.sum()).item(), "mse": F.mse_loss(decode(model, mu), x).item(),
             "kl": kl.sum().item(), "elbo": -(nll + kl.sum()).item(), "kl_per_dim": kl.tolist(),
             "active_units": (mu.var(0) > 0.01).sum().item(),
             "total_correlation": correlation if math.isfinite(correlation) else None}
@@ -269,19 +297,34 @@ def traverse(z, dim, values):
     return z
 
 
-def draw_traversals(folder, model, z, dims, title):
-    """Figures 21 to 23: what two dimensions of z (1, D) do to the image, alone and together."""
+def draw_traversals(run, model, data, mu, dims):
+    """Figures 21 to 23: what two dimensions of z do to a test image, alone and together."""
+    names = [name.lower() for name in data.classes]
+    start = start_class(run.args, data)
+    z = mu[data.y_test == start][:1]  # (1, D)
     values = torch.linspace(-3, 3, 11, device=z.device)
-    ticks = {"xticks": [15 + 29 * i for i in range(11)],
-             "xticklabels": [f"{round(v, 1) + 0:.1f}" for v in values.tolist()]}
+    ticks = [f"{round(v, 1) + 0:.1f}" for v in values.tolist()]
+    title = f"{data.name}, from the code of a test {names[start]}"
     for number, d in zip((21, 22), dims, strict=True):
-        common.draw_images(folder, f"fig{number}_traversal", decode(model, traverse(z, d, values)),
-                           columns=11, title=title, xlabel=f"z[{d}]", **ticks)
+        common.draw_rows(run, f"fig{number}_traversal",
+                         {f"z[{d}]": decode(model, traverse(z, d, values))}, 11, title,
+                         "One dimension of the code moves, all others stay: what does it encode?",
+                         ticks)
     first, second = dims
-    both = torch.cat([traverse(row[None], second, values) for row in traverse(z, first, values)])
-    ticks |= {"yticks": ticks["xticks"], "yticklabels": ticks["xticklabels"]}
-    common.draw_images(folder, "fig23_traversal_both", decode(model, both), columns=11, title=title,
-                       xlabel=f"z[{second}]", ylabel=f"z[{first}]", **ticks)
+    rows = {f"z[{first}] = {t}": decode(model, traverse(row[None], second, values))
+            for t, row in zip(ticks, traverse(z, first, values), strict=True)}
+    common.draw_rows(run, "fig23_traversal_both", rows, 11, f"{title}; across: z[{second}]",
+                     "Two dimensions at once: do they act independently of each other?", ticks)
+
+
+def start_class(args, data):
+    """Index of --start-class; without it Bag, the digit 8, or the last class."""
+    names = [name.lower() for name in data.classes]
+    if args.start_class is None:
+        return min(8, len(names) - 1)
+    if args.start_class.lower() not in names:
+        common.fail(f"--start-class {args.start_class}: the classes are {', '.join(names)}")
+    return names.index(args.start_class.lower())
 
 
 def by_kl(test):
@@ -289,7 +332,7 @@ def by_kl(test):
     return sorted(range(len(test["kl_per_dim"])), key=lambda d: -test["kl_per_dim"][d])
 
 
-def draw_kl(folder, test, beta, data_name):
+def draw_kl(run, test, beta, data_name):
     """KL per dimension, sorted: dimensions near zero carry nothing."""
     order, kl_per_dim = by_kl(test), test["kl_per_dim"]
     fig = Figure(figsize=(8, 3.2), layout="constrained")
@@ -297,28 +340,39 @@ def draw_kl(folder, test, beta, data_name):
     ax.bar([str(d) for d in order], [kl_per_dim[d] for d in order])
     ax.set(xlabel="dimension of z", ylabel="KL, nats per image",
            title=f"{data_name} test images, beta {beta:g}: {sum(kl_per_dim):.1f} nats in all")
-    fig.savefig(folder / "kl_per_dim.png", dpi=120)
+    run.save(fig, "kl_per_dim", "How much each dimension tells about the image; 0: nothing.")
 
 
-def draw_plane(folder, model, mu, data):
+def draw_samples(run, model, data, mu):
+    """Decoded from the prior N(0, I); below it, test images rebuilt from their codes mu (N, D)."""
+    noise = torch.randn(50, mu.shape[1], generator=common.seed_everything(run.args.seed))
+    rows = {"from the\nprior": noise.to(mu.device), "from codes\nof images": mu[:20]}
+    common.draw_rows(run, "samples", {label: decode(model, z) for label, z in rows.items()}, 10,
+                     f"{data.name}: the prior is not where the codes are",
+                     "A code drawn from the prior often lies between those of images: a monster.")
+
+
+def draw_plane(run, model, mu, data):
     """For D = 2: the codes mu (N, 2), and the images decoded over the quantiles of the prior."""
     q = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.02, 0.98, 20)).to(mu.device)
     z = torch.stack([q.repeat(20), q.flip(0).repeat_interleave(20)], dim=1)  # top row: largest z[1]
     fig = Figure(figsize=(13, 6.3), layout="constrained")
     left, right = fig.subplots(1, 2)
     common.scatter(left, mu.cpu().numpy(), data.y_test.cpu().numpy(), data.classes)
+    low, high = q[0].item(), q[-1].item()
+    left.plot([low, high, high, low, low], [low, low, high, high, low], color="black", lw=1)
     left.set(xlabel="z[0]", ylabel="z[1]", title=f"{data.name} test images at mu")
     left.legend(markerscale=4, fontsize=8)
     common.show_images(right, decode(model, z), columns=20)
     right.set(xlabel="z[0], quantiles 0.02 to 0.98 of the prior", ylabel="z[1], likewise",
-              title="what the decoder makes of each place")
-    fig.savefig(folder / "latent_plane.png", dpi=120)
+              title="what the decoder makes of each place in the frame on the left")
+    run.save(fig, "latent_plane", "Between two classes the decoder blends one into the other.")
 
 
-def draw_sweep(folder, betas, models, tests, data, start, pca_mse):
-    """The lesson of beta on one page: rate against distortion, samples, traversals."""
+def draw_sweep(run, betas, models, tests, data, pca_mse):
+    """The lesson of beta on one page: rate against distortion, reconstructions, traversals."""
     height = 1.9 * len(betas)
-    fig = Figure(figsize=(9, 3.6 + height), layout="constrained")
+    fig = Figure(figsize=(12, 3.6 + height), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[3.6, height])
     ax = top.subplots()
     ax.plot([t["kl"] for t in tests], [t["mse"] for t in tests], marker="o")
@@ -327,137 +381,109 @@ def draw_sweep(folder, betas, models, tests, data, start, pca_mse):
     ax.axhline(pca_mse, color="gray", ls="--", label="PCA of the same size")
     ax.set(xlabel="rate: KL, nats per image", ylabel="distortion: MSE per pixel at z = mu",
            title=f"{data.name} test images: what a nat of code buys")
-    ax.margins(x=0.2)  # room for the last label
+    ax.margins(x=0.2, y=0.15)  # room for the last label
     ax.legend()
     noise = torch.randn(40, len(tests[0]["kl_per_dim"]), generator=common.seed_everything(0))
-    axes = bottom.subplots(len(betas), 2, squeeze=False)
+    axes = bottom.subplots(len(betas), 3, squeeze=False)
+    start = data.y_test == start_class(run.args, data)
     for row, beta, model, t in zip(axes, betas, models, tests, strict=True):
-        noise = noise.to(model.log_sigma.device)
-        z = encode(model, data.x_test[data.y_test == start][:1])[0]
+        mu = encode(model, data.x_test[:40])[0]
+        z = encode(model, data.x_test[start][:1])[0]
         values = torch.linspace(-3, 3, 10, device=z.device)
         moved = torch.cat([traverse(z, d, values) for d in by_kl(t)[:4]])
-        for ax, codes, what in zip(row, (noise, moved), (
-                "samples from the prior", "its strongest dimensions, -3 to 3"), strict=True):
+        for ax, codes, what in zip(row, (mu, noise.to(mu.device), moved), (
+                "test images rebuilt", "samples from the prior",
+                "its strongest dimensions, -3 to 3"), strict=True):
             common.show_images(ax, decode(model, codes), columns=10)
             ax.set_title(f"beta {beta:g}: {what}", fontsize=9)
-    fig.savefig(folder / "sweep.png", dpi=120)
+    run.save(fig, "sweep", "Read the columns downwards: what gets lost first, what gets cleaner?")
 
 
 # --------------------------------------------------------------------------- main
+
+
+def draw_all(run, model, test, rows, data, recon_pca):
+    """Figures 16 to 23 and what else shows one VAE; returns the 5-NN accuracies of its codes.
+
+    test: what evaluate returns. rows: its epochs. recon_pca: the test images rebuilt by PCA.
+    """
+    args, beta = run.args, rows[0]["beta"]
+    mu, _ = encode(model, data.x_test)
+    common.draw_reconstructions(run, "fig16_reconstructions", data, {
+        "original": data.x_test, "VAE": decode(model, mu), "PCA": recon_pca})
+    common.plot_curves(run, "fig17_loss", rows, {
+        "loss, nats per image": ("seen_loss", "val_loss"),
+        "MSE per pixel at z = mu": ("train_mse", "val_mse")},
+        f"{data.name}: VAE, latent {args.latent_dim}, beta {beta:g}",
+        "Does the validation curve part from that of training images?")
+    dims = args.dims or by_kl(test)[:2]
+    knn = common.draw_latent(run, mu, data, dims, numbers=(18, 19, 20))
+    draw_traversals(run, model, data, mu, dims)
+    draw_kl(run, test, beta, data.name)
+    draw_samples(run, model, data, mu)
+    if args.latent_dim == 2:
+        draw_plane(run, model, mu, data)
+    return knn
+
+
+def summary(model, test, beta):
+    """What metrics.json says of one network; test: what evaluate returns."""
+    return {"beta": beta, "sigma": model.log_sigma.exp().item(),
+            **{f"test_{k}": test[k] for k in ("mse", "kl", "elbo")},
+            **{k: test[k] for k in ("active_units", "kl_per_dim", "total_correlation")}}
 
 
 def main(argv=None):
     """Train, test once, draw; returns the metrics as a dict."""
     args = parse_args(argv)
     data = common.load_data(args)
-    start_class = 8  # Bag, or the digit 8
-    if args.start_class is not None:
-        names = [name.lower() for name in data.classes]
-        if args.start_class.lower() not in names:
-            common.fail(f"--start-class {args.start_class}: the classes are {', '.join(names)}")
-        start_class = names.index(args.start_class.lower())
+    start_class(args, data)  # a wrong name is said before anything is trained
     splits = common.splits(data.y_train, args.folds, args.seed)
-    # what is trained: a model per fold, or in a sweep one per beta, from the same draws
-    trainings = ([(beta, 0, splits[0]) for beta in args.sweep] if args.sweep else
-                 [(args.beta, fold, split) for fold, split in enumerate(splits)])
+    # what is trained: a VAE per fold, or in a sweep one per beta, from the same draws
+    trainings = [(f"beta {beta:.10g}", beta, 0) for beta in args.sweep or ()] or [
+        (f"fold {fold + 1}", args.beta, fold) for fold in range(args.folds)]
+    run = common.Run(args, data, columns=("train_loss", "val_loss", "val_mse", "val_kl"))
 
-    with common.Run(args, data, select="val_loss") as run:
-        for part, (beta, fold, (train, val)) in enumerate(trainings):
-            x_train, x_val = data.x_train[train], data.x_train[val]
-            common.seed_everything(args.seed, fold)
-            model = VAE(args.latent_dim, args.hidden, args.filters, args.decoder_filters,
-                        args.sigma).to(args.device)
-            optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, args.lr, epochs=args.epochs,
-                steps_per_epoch=math.ceil(len(x_train) / args.batch_size))
-            for _, generator in run.epochs(part, (args.seed, fold), model=model,
-                                           optimizer=optimizer, schedule=schedule):
-                clock = time.perf_counter()
-                train_loss = train_epoch(model, x_train, optimizer, schedule, beta, args, generator)
-                seconds = time.perf_counter() - clock
-                # both in evaluation mode and without augmentation, so that the two compare
-                seen = evaluate(model, x_train[:len(x_val)], beta)
-                unseen = evaluate(model, x_val, beta)
-                run.end_epoch(
-                    beta=beta, train_loss=train_loss, seen_loss=seen["loss"],
-                    val_loss=unseen["loss"], train_mse=seen["mse"], val_mse=unseen["mse"],
-                    val_kl=unseen["kl"], val_elbo=unseen["elbo"],
-                    active_units=unseen["active_units"], seconds=seconds)
-            if run.history[-1]["active_units"] == 0:
-                print(f"warning: posterior collapse at beta {beta:g}: no latent unit is active, "
-                      "the decoder ignores z. Try a smaller --beta", file=sys.stderr)
+    models, rows = [], []
+    for part, beta, fold in trainings:
+        x_train, x_val = (data.x_train[idx] for idx in splits[fold])
+        flags = argparse.Namespace(**vars(args) | {"beta": beta})
+        models.append(fit(flags, run, part, (args.seed, fold), x_train, x_val))
+        rows.append(run.rows)
+    # the one look at the test set, with each training's weights of its best validation epoch
+    tests = [evaluate(model, data.x_test, beta) for model, (_, beta, _) in zip(
+        models, trainings, strict=True)]
 
-        # the one look at the test set, with each training's weights of its best validation epoch
-        models, tests = [], []
-        for part, (beta, *_) in enumerate(trainings):
-            models.append(copy.deepcopy(model))
-            models[-1].load_state_dict(run.best[part]["model"])
-            tests.append(evaluate(models[-1], data.x_test, beta))
+    # figures and main numbers are those of --beta in a sweep, else of the last training
+    shown = args.sweep.index(args.beta) if args.beta in (args.sweep or ()) else -1
+    model, beta = models[shown], trainings[shown][1]
+    recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
+    pca_mse = F.mse_loss(recon_pca, data.x_test).item()
+    knn = draw_all(run, model, tests[shown], rows[shown], data, recon_pca)
+    metrics = {**summary(model, tests[shown], beta), "pca_mse": pca_mse, "knn_accuracy": knn,
+               "train_mse": evaluate(model, x_train, beta)["mse"],
+               "val_mse": evaluate(model, x_val, beta)["mse"], "latent_dim": args.latent_dim,
+               "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    if args.folds > 1:
+        each, val = [t["mse"] for t in tests], [min(r, key=lambda e: e["val_loss"])["val_mse"]
+                                                 for r in rows]
+        metrics |= {"folds": args.folds, "fold_test_mse": each, "fold_val_mse": val,
+                    "test_mse": statistics.mean(each), "test_mse_std": statistics.stdev(each)}
+    if args.sweep:
+        draw_sweep(run, args.sweep, models, tests, data, pca_mse)
+        metrics["sweep"] = [summary(*three) for three in zip(
+            models, tests, args.sweep, strict=True)]
+    return run.finish(metrics, table(trainings, tests, pca_mse, args), model)
 
-        def summary(part):
-            return {"beta": trainings[part][0], "sigma": models[part].log_sigma.exp().item(),
-                    **{f"test_{k}": tests[part][k] for k in ("mse", "kl", "elbo")},
-                    **{k: tests[part][k] for k in (
-                        "active_units", "kl_per_dim", "total_correlation")}}
 
-        # the figures and the main numbers are those of the last fold, or of --beta in a sweep
-        shown = len(models) - 1
-        if args.beta in (args.sweep or []):
-            shown = args.sweep.index(args.beta)
-        model, test, (beta, _, _) = models[shown], tests[shown], trainings[shown]
-        mu, _ = encode(model, data.x_test)
-        recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
-        pca_mse = ae.mse(recon_pca, data.x_test).item()
-        dims = args.dims or by_kl(test)[:2]
-
-        ae.draw_reconstructions(run.folder, "fig16_reconstructions", data, {
-            "original": data.x_test, "VAE": decode(model, mu), "PCA": recon_pca})
-        common.plot_curves(
-            run.folder, "fig17_loss", [r for r in run.history if r["fold"] == shown],
-            {"loss, nats per image": ("seen_loss", "val_loss"),
-             "MSE per pixel at z = mu": ("train_mse", "val_mse")},
-            f"{data.name}: VAE, latent {args.latent_dim}, beta {beta:g}")
-        knn = ae.draw_latent(run.folder, mu, data, dims, args.seed, numbers=(18, 19, 20))
-        draw_traversals(run.folder, model, mu[data.y_test == start_class][:1], dims,
-                        f"{data.name}, from the code of a test {data.classes[start_class]}")
-        draw_kl(run.folder, test, beta, data.name)
-        noise = torch.randn(100, args.latent_dim, generator=common.seed_everything(args.seed))
-        common.draw_images(run.folder, "samples", decode(model, noise.to(args.device)), columns=10,
-                           title=f"{data.name}: decoded from the prior, beta {beta:g}")
-        if args.latent_dim == 2:
-            draw_plane(run.folder, model, mu, data)
-        if args.sweep:
-            draw_sweep(run.folder, args.sweep, models, tests, data, start_class, pca_mse)
-
-        metrics = {**summary(shown), "pca_mse": pca_mse, "knn_accuracy": knn,
-                   "train_mse": ae.mse(reconstruct(model, x_train), x_train).item(),
-                   "val_mse": ae.mse(reconstruct(model, x_val), x_val).item(),
-                   "latent_dim": args.latent_dim,
-                   "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-        if args.folds > 1:
-            each = [t["mse"] for t in tests]
-            metrics |= {"folds": args.folds, "test_mse": statistics.mean(each),
-                        "test_mse_std": statistics.stdev(each), "fold_test_mse": each}
-        if args.sweep:
-            metrics["sweep"] = [summary(part) for part in range(len(models))]
-        return run.finish(metrics)
+def table(trainings, tests, pca_mse, args):
+    """The result as lines of text."""
+    return [f"{'test images':28}{'MSE':>8}{'KL, nats':>10}{'active units':>14}",
+            *(f"{'VAE, ' + part:28}{t['mse']:8.4f}{t['kl']:10.1f}{t['active_units']:>14}"
+              for (part, *_), t in zip(trainings, tests, strict=True)),
+            f"{f'PCA, {args.latent_dim} components':28}{pca_mse:8.4f}",
+            f"{'the report, latent 18':28}{0.014:8.3f}"]
 
 
 if __name__ == "__main__":
     common.start(main)
-
-
-# --------------------------------------------------------------------------- exercises
-
-# Predict first, then run. Answers: results/vae*.
-# 1. `--beta 4`: which falls more, the KL or the sharpness?
-#    (KL 49.7 -> 31.3 nats, test MSE .0112 -> .0117: a third of the code was worth little)
-# 2. `--sweep 0.25 1 4 16 --epochs 6`: what do the nats buy that beta 0.25 allows and beta 1 not?
-#    (16 nats more, 64 instead of 48, and the test MSE falls by 1 %, from .0118 to .0117)
-# 3. With 2 latents instead of 18 (the last command above), does each carry more nats, or fewer?
-#    (4.6 instead of 2.8: what has no dimension of its own is squeezed into these)
-# 4. In the same sweep, which beta gives the best test ELBO, and why had it to be that one? (beta 1,
-#    minus the ELBO is its loss: 566, 571, 543, 393 nats)
-# 5. Plant a bug: .mean(1) instead of .sum(1) in gaussian_nll(). Against the KL the images count for
-#    little now. tests/test_vae.py::test_loss_is_that_of_torch_distributions catches it.

@@ -39,8 +39,8 @@ class Images(torch.utils.data.Dataset):
 
 
 def main():
-    parser = common.Parser(__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", default="data", help="as in ae.py")
+    parser = common.Parser(__doc__)
+    parser.add_argument("--data-dir", type=common.path, default="data", help="as in ae.py")
     parser.add_argument("--images", type=common.number(int, 96, 48_000), default=9600,
                         help="images in an epoch: fewer are quicker, the ratios stay")
     ours = parser.parse_args()
@@ -50,12 +50,13 @@ def main():
     loader = DataLoader(Images(x), args.batch_size, shuffle=True)
     fixed = [x[:args.batch_size]] * len(loader)
 
-    model = ae.Autoencoder().to(args.device)
+    model = ae.build(args)
     optimizer, schedule = ae.make_optimizer(model, args, len(x))
 
     def steps(batches):
         """The update step of ae.train_epoch, fed by whatever comes."""
         model.train()
+        total = 0.0
         for batch in batches:
             batch = batch.to(args.device)
             loss = ae.mse(model(batch), batch)
@@ -63,7 +64,8 @@ def main():
             loss.backward()
             optimizer.step()
             schedule.step()
-            loss.item()
+            total += loss.detach() * len(batch)
+        return total.item()  # waits for a GPU, as ae.train_epoch does at its end
 
     ways = {
         "ours": lambda: ae.train_epoch(model, x, optimizer, schedule, args, torch.Generator()),
@@ -87,4 +89,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

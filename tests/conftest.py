@@ -1,5 +1,6 @@
 """What all tests share. None needs a network or FashionMNIST: they run on the digits."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -41,25 +42,37 @@ def fails(capsys):
 
 @pytest.fixture
 def fashion(tmp_path, monkeypatch):
-    """A small synthetic FashionMNIST in --data-dir fashion; returns the folder of its files."""
+    """A small synthetic FashionMNIST in --data-dir fashion; returns the folder of its files.
+
+    Its sums replace the real ones: those of the files, and those of the .gz that pack() makes.
+    """
     raw = tmp_path / "fashion" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng, archives = np.random.default_rng(0), []
     for part, n in (("train", 1200), ("t10k", 400)):
         images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         labels = np.arange(n, dtype=np.uint8) % 10
         for kind, header, array in (("images-idx3", (2051, n, 28, 28), images),
                                     ("labels-idx1", (2049, n), labels)):
-            content = np.array(header, ">i4").tobytes() + array.tobytes()
-            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
-            monkeypatch.setitem(common.SHA256, f"{part}-{kind}-ubyte",
-                                hashlib.sha256(content).hexdigest())
+            name, content = f"{part}-{kind}-ubyte", np.array(header, ">i4").tobytes()
+            content += array.tobytes()
+            (raw / name).write_bytes(content)
+            monkeypatch.setitem(common.SHA256, name, hashlib.sha256(content).hexdigest())
+            archives.append((f"{name}.gz", hashlib.md5(pack(content)).hexdigest()))
+    monkeypatch.setattr(common.FashionMNIST, "resources", archives)
     return raw
 
 
+def pack(content):
+    """The .gz of these bytes, the same at any time."""
+    return gzip.compress(content, mtime=0)
+
+
 def readme_commands(script):
-    """The arguments of every `python SCRIPT ...` line in the README and in SCRIPT's docstring."""
-    text = (ROOT / "README.md").read_text() + (ROOT / script).read_text().split('"""')[1]
+    """The arguments of every `python SCRIPT ...` in the README, results/*.md and its docstring."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("results/*.md"))]
+    text = "\n".join([*(page.read_text(encoding="utf-8") for page in pages),
+                      (ROOT / script).read_text(encoding="utf-8").split('"""')[1]])
     commands = re.findall(rf"python {script}([^`|\n]*?)(?:  |[`|\n])", text)
     return [shlex.split(command) for command in commands if "--help" not in command]
 
@@ -70,6 +83,9 @@ def history(folder):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def numbers(metrics):
-    """The metrics without what differs between two equal runs."""
-    return {k: v for k, v in metrics.items() if k not in ("seconds_per_epoch", "command", "folder")}
+def numbers(value):
+    """Metrics without what differs between two equal runs: times, and the folders' names."""
+    if isinstance(value, dict):
+        return {k: numbers(v) for k, v in value.items()
+                if k not in ("folder", "command", "argv") and "seconds" not in k}
+    return [numbers(v) for v in value] if isinstance(value, list) else value

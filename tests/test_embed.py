@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import ae
@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 import vae
+from conftest import numbers as numbers_of
 from conftest import readme_commands
 
-FAST = ["--fast", "--data", "digits"]
+FAST = ["--fast", "--data", "digits", "--device", "cpu"]
+GPU = common.pick_device("auto")
+LOAD = common.load_data
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +26,35 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def fast_run(tmp_path_factory):
-    """(metrics, folder) of a --fast run in folder/maps; its encoders end up in folder/ae, /vae."""
+def fewer(digits):
+    """300 training and 200 test images."""
+    return digits._replace(x_train=digits.x_train[:300], y_train=digits.y_train[:300],
+                           x_test=digits.x_test[:200], y_test=digits.y_test[:200])
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch, fewer):
+    """What main() loads."""
+    monkeypatch.setattr(common, "load_data", lambda args: fewer)
+
+
+def skip_figures(patch):
+    """The figures of ae.py and vae.py: their own tests draw them."""
+    for script, names in ((ae, "draw_kernels draw_activations"), (
+            vae, "draw_traversals draw_kl draw_samples draw_plane"), (
+            common, "draw_reconstructions plot_curves draw_latent")):
+        for name in names.split():
+            patch.setattr(script, name, lambda *args, **more: None)
+
+
+@pytest.fixture(scope="module")
+def fast_run(tmp_path_factory, fewer):
+    """(metrics, folder) of a --fast run in folder/maps, which trained folder/ae and folder/vae."""
     folder = tmp_path_factory.mktemp("fast")
-    with pytest.MonkeyPatch.context() as m:  # their own tests draw them
-        m.chdir(folder)
-        m.setattr(ae, "draw_latent", lambda *args, **numbers: {})
-        for name in ("draw_kernels", "draw_activations", "draw_reconstructions"):
-            m.setattr(ae, name, lambda *args: None)
-        for name in ("draw_traversals", "draw_kl", "draw_plane"):
-            m.setattr(vae, name, lambda *args: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(common, "load_data", lambda args: fewer)
+        skip_figures(patch)
         metrics = embed.main([*FAST, "--out-dir", "maps"])
         for name in ("ae", "vae"):
             Path(metrics["methods"][name]["run"]).rename(name)
@@ -42,18 +64,18 @@ def fast_run(tmp_path_factory):
 @pytest.fixture
 def known(fast_run):
     """The flags that take the encoders of that run."""
-    return ["--data", "digits", "--ae", str(fast_run[1] / "ae"), "--vae", str(fast_run[1] / "vae")]
+    return [*FAST, "--ae", str(fast_run[1] / "ae"), "--vae", str(fast_run[1] / "vae")]
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(embed, "draw_maps", lambda *args: None)
+    monkeypatch.setattr(embed, "draw_maps", lambda *args, **more: None)
 
 
 def measured(metrics):
     """What the same maps must have in common: all numbers but the times."""
-    return {name: {k: v for k, v in numbers.items() if k not in ("seconds", "run")}
-            for name, numbers in metrics["methods"].items()}
+    return {name: {k: v for k, v in m.items() if k != "run"}
+            for name, m in numbers_of(metrics["methods"]).items()}
 
 
 # --------------------------------------------------------------------------- measures
@@ -78,9 +100,9 @@ def test_knn_accuracy_of_known_maps():
     # thirty points of class 3 here; there eight of class 1, outvoting two of class 7 among them
     points = np.concatenate([rng.normal(size=(30, 2)), 100 + rng.normal(size=(10, 2))])[order]
     y = np.array([3] * 30 + [1] * 8 + [7] * 2)[order]
-    assert embed.knn_accuracy(points, y) == (0.95, {1: 1.0, 3: 1.0, 7: 0.0})
+    assert common.knn_accuracy(points, y) == (0.95, {1: 1.0, 3: 1.0, 7: 0.0})
     coin = rng.integers(0, 2, 2000)
-    assert embed.knn_accuracy(rng.normal(size=(2000, 2)), coin)[0] == pytest.approx(0.5, abs=0.04)
+    assert common.knn_accuracy(rng.normal(size=(2000, 2)), coin)[0] == pytest.approx(0.5, abs=0.04)
 
 
 # --------------------------------------------------------------------------- maps
@@ -90,13 +112,13 @@ def test_knn_accuracy_of_known_maps():
 def test_encoders_are_evaluated(script, digits, fast_run):
     """Training mode (a map that depends on the batch), sampled codes, points lost or reordered."""
     x, folder = digits.x_test[:230], fast_run[1] / script.__name__
-    z, numbers = embed.map_encoder(script, folder, x)
+    z, numbers = embed.map_encoder(script, str(folder), x)
     model = script.load_run(folder).eval()
     with torch.no_grad():
         code = model.encoder(x)
     mu = code[0] if script is vae else code
     assert np.allclose(z, mu.numpy(), atol=1e-5)
-    assert np.array_equal(z, embed.map_encoder(script, folder, x)[0])
+    assert np.array_equal(z, embed.map_encoder(script, str(folder), x)[0])
     recon_x = script.reconstruct(model, x)
     assert numbers["test_mse"] == pytest.approx((recon_x - x).square().mean().item(), rel=1e-5)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -123,8 +145,8 @@ def test_tsne_is_seeded_and_keeps_the_order(digits):
     assert points.shape == (200, 2) and numbers["perplexity"] == 10
     assert np.array_equal(points, embed.map_tsne(x, 10, seed=0)[0])
     assert not np.allclose(points, embed.map_tsne(x, 40, seed=0)[0])
-    assert embed.knn_accuracy(points, y)[0] > 0.8  # by chance .1: the points are those of y
-    assert embed.trustworthiness(embed.pixels(x), points) > 0.95
+    assert common.knn_accuracy(points, y)[0] > 0.8  # by chance .1: the points are those of y
+    assert embed.trustworthiness(common.pixels(x), points) > 0.95
 
 
 # --------------------------------------------------------------------------- figures
@@ -159,16 +181,20 @@ def test_names_lie_at_the_medians():
     assert crowded["sandal"] == pytest.approx((1, 9), abs=0.5)
 
 
-def test_images_lie_where_they_belong(digits, monkeypatch, tmp_path):
-    """An image drawn at another's place; a map without its numbers."""
+def test_images_lie_where_they_belong(digits):
+    """An image drawn at another's place; a map without its numbers, or squeezed by an outlier."""
     drawn = []
-    monkeypatch.setattr(embed.Figure, "savefig", lambda fig, *args, **kw: drawn.append(fig))
-    x, y = digits.x_test[:100], digits.y_test[:100].numpy()
-    points = np.random.default_rng(0).normal(size=(100, 2))
+    x, y = digits.x_test, digits.y_test.numpy()
+    points = np.random.default_rng(0).normal(size=(300, 2))
+    points[7] *= 1000  # it would squeeze all others
     numbers = {"knn_accuracy": 0.5, "trustworthiness": 0.75, "test_mse": 0.0123, "perplexity": 30}
-    embed.draw_maps(tmp_path, "test", [("vae", points, numbers), ("tsne", points, numbers)],
-                    x, y, digits)
+    run = Namespace(save=lambda fig, *rest: drawn.append(fig))
+    embed.draw_maps(run, "test", [("vae", points, numbers), ("tsne", points, numbers)], x, y,
+                    digits, columns=2)
     ax, tsne = drawn[0].axes
+    low, high = np.quantile(points, [0.005, 0.995], axis=0)  # what few points lie outside of
+    for axis, limits in enumerate((ax.get_xlim(), ax.get_ylim())):
+        assert -10 < limits[0] < low[axis] < high[axis] < limits[1] < 10
     boxes = [a for a in ax.get_children() if isinstance(a, embed.AnnotationBbox)]
     assert len(boxes) > 20
     for box in boxes:
@@ -177,7 +203,7 @@ def test_images_lie_where_they_belong(digits, monkeypatch, tmp_path):
         assert box.offsetbox.image.get_clim() == (0, 1)  # not each on a scale of its own
     assert sorted(text.get_text() for text in ax.texts) == sorted("0123456789")
     assert all(text in ax.get_title() for text in ("VAE", "0.500", "0.750", "0.0123"))
-    assert "cannot place new images" in tsne.get_title()
+    assert "perplexity 30" in tsne.get_title() and "MSE" not in tsne.get_title()
 
 
 # --------------------------------------------------------------------------- runs
@@ -187,7 +213,7 @@ def test_fast_run(fast_run):
     """A measure that is missing, a figure that is not drawn, methods mixed up."""
     metrics, folder = fast_run[0], fast_run[1] / "maps"
     assert metrics == json.loads((folder / "metrics.json").read_text())
-    assert metrics["points"] == 300 and metrics["fast"] is True and metrics["data"] == "digits"
+    assert metrics["points"] == 200 and metrics["fast"] is True and metrics["data"] == "digits"
     methods = metrics["methods"]
     assert list(methods) == ["ae", "vae", "pca", "tsne"]
     for name, m in methods.items():
@@ -201,7 +227,7 @@ def test_fast_run(fast_run):
 
 def test_same_seed_same_maps(fast_run, known, no_figures, capsys):
     """Any draw that the seed does not set; --ae and --vae not used; a table without a method."""
-    again = embed.main(["--fast", *known])
+    again = embed.main(known)
     assert measured(again) == measured(fast_run[0])
     out = capsys.readouterr().out
     table = [line for line in out.splitlines() if line.startswith(("AE ", "VAE ", "PCA", "t-SNE,"))]
@@ -211,83 +237,96 @@ def test_same_seed_same_maps(fast_run, known, no_figures, capsys):
 
 def test_points_and_perplexities(known, no_figures):
     """More or other points than asked for; of several perplexities the wrong one in the table."""
-    metrics = embed.main(["--fast", *known, "--points", "150", "--perplexity", "5", "30", "50"])
-    assert metrics["points"] == 150
-    assert [m["perplexity"] for m in metrics["perplexity"]] == [5, 30, 50]
+    metrics = embed.main([*known, "--points", "100", "--perplexity", "5", "30", "20"])
+    assert metrics["points"] == 100
+    assert [m["perplexity"] for m in metrics["perplexity"]] == [5, 30, 20]
     assert metrics["methods"]["tsne"] == metrics["perplexity"][1]
 
 
-def test_which_run_is_taken(fast_run, no_figures, monkeypatch):
-    """A full run taken for a smoke test's, a smoke test's for a full run, another latent size."""
-    trained = []
-    monkeypatch.setattr(embed, "map_tsne", lambda x, *rest: (embed.pixels(x)[:, 300:302], {
-        "seconds": 0.0, "perplexity": 30}))
+def test_find_encoder(monkeypatch):
+    """An encoder of other data, another seed or device; more parameters than were allowed; one
+    trained again for each map, or though another was named."""
     for script in (ae, vae):
-        monkeypatch.setattr(script, "main", lambda argv, name=script.__name__: trained.append(
-            name) or {"folder": str(fast_run[1] / name)})
-
-    def taken(*flags):
-        trained.clear()
-        embed.main(["--data", "digits", "--points", "100", *flags])
-        return set(trained)
-    for name, change in (("fast", {}), ("size", {"fast": False, "latent_dim": 3})):
-        shutil.copytree(fast_run[1] / "ae", f"runs/{name}")
-        metrics = json.loads(Path(f"runs/{name}/metrics.json").read_text())
-        common.save_json(Path(f"runs/{name}/metrics.json"), {
-            **metrics, "flags": {**metrics["flags"], **change}})
-    assert taken() == {"ae", "vae"}
-    common.save_json(Path("runs/fast/metrics.json"), {
-        **metrics, "flags": {**metrics["flags"], "fast": False}})
-    assert taken() == {"vae"} and taken("--fast") == {"ae", "vae"}
-    assert taken("--vae", str(fast_run[1] / "vae")) == set()
-
-
-def test_training_hands_its_flags_on(monkeypatch):
-    """An encoder of other data, another seed or device; more parameters than were allowed."""
-    for script, model in ((ae, ae.Autoencoder), (vae, vae.VAE)):
         calls = []
-        monkeypatch.setattr(script, "main", lambda argv, calls=calls: calls.append(argv) or {
-            "folder": "there"})
-        args = embed.parse_args(["--data", "digits", "--data-dir", "a b", "--seed", "7"])
-        assert embed.find_encoder(script, args) == "there"
-        args.fast = True
-        embed.find_encoder(script, args)
-        full, fast = (script.parse_args(argv) for argv in calls)
-        for flags in (full, fast):
-            assert (flags.data, flags.data_dir, flags.seed, flags.latent_dim) == (
-                "digits", "a b", 7, 2)
-        assert full.out_dir is None  # runs/: the next command finds it there
-        assert not full.fast and fast.fast and fast.epochs == 3
-        net = model(2, full.hidden, full.filters, full.decoder_filters)
-        assert sum(p.numel() for p in net.parameters()) <= 150_000
+
+        def quick_main(argv, script=script, calls=calls):
+            args = script.parse_args(argv)
+            calls.append(args)
+            return common.Run(args, common.load_data(args)).finish({}, [], script.build(args))
+        monkeypatch.setattr(script, "main", quick_main)
+        args = embed.parse_args([*FAST, "--data-dir", "a b", "--seed", "7"])
+        folders = [embed.find_encoder(script, args) for _ in range(2)]
+        args.fast = False
+        folders.append(embed.find_encoder(script, args))
+        assert folders[0] == folders[1] != folders[2] and all(map(os.path.isdir, folders))
+        fast, full = calls
+        for flags in calls:
+            assert (flags.data, flags.data_dir, flags.seed, flags.latent_dim, flags.device) == (
+                "digits", "a b", 7, 2, "cpu")
+        assert not full.fast and fast.fast and fast.epochs == 3 < full.epochs
+        assert sum(p.numel() for p in script.build(full).parameters()) <= 150_000
+        setattr(args, script.__name__, "named")
+        assert embed.find_encoder(script, args) == "named" and len(calls) == 2
+
+
+def test_two_classes(fewer, monkeypatch):
+    """A ten that is written somewhere, in a figure or a measure; here, in ae.py or in vae.py."""
+    parity = common.Data("parity", ("even", "odd"), fewer.x_train[:100], fewer.y_train[:100] % 2,
+                         fewer.x_test[:60], fewer.y_test[:60] % 2)
+    drawn = []
+    monkeypatch.setattr(common, "load_data", lambda args: parity)
+    monkeypatch.setattr(common.Run, "save", lambda run, fig, name, caption: drawn.append(name))
+    methods = embed.main([*FAST, "--perplexity", "10"])["methods"]
+    assert all(m["class_accuracy"].keys() == {"even", "odd"} for m in methods.values())
+    assert {"fig26_ae", "fig27_vae", "fig28_pca", "fig29_tsne", "maps"} <= {*drawn}
+    assert "fig03_loss" in drawn and "latent_plane" in drawn  # of ae.py, of vae.py
+
+
+@pytest.mark.skipif(GPU == "cpu", reason="this machine has no GPU")
+def test_gpu(monkeypatch):
+    """A tensor that stays on the CPU."""
+    monkeypatch.setattr(common, "load_data", LOAD)
+    metrics = embed.main(["--fast", "--data", "digits", "--device", GPU])
+    assert metrics["device"] == GPU and len(metrics["methods"]) == 4
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    ("--points 361", "--points 361: there are 360 test images"),
+    ("--points 201", "--points 201: there are 200 test images"),
     ("--points 89", "--perplexity 30"), ("--perplexity 5 200", "--perplexity 200"),
     ("--points 0", "--points"), ("--points 1.5", "--points"), ("--perplexity 0", "--perplexity"),
     ("--perplexity nan", "--perplexity"), ("--perplexity", "--perplexity"),
-    ("--ae nowhere", "nowhere is not a finished training of ae.py"), ("--vae=", "--vae"),
-    ("--vae AE", "is not a finished training of vae.py"), ("--seed -1", "--seed"),
-    ("--resume there", "--resume"), ("--epochs 3", "--epochs")])
+    ("--ae nowhere", "nowhere is no folder of a run"), ("--vae=", "--vae"),
+    ("--vae AE", "is a run of ae.py, not of vae.py"), ("--seed -1", "--seed"),
+    ("--resume there", "there is no folder of a run"), ("--epochs 3", "--epochs")])
 def test_bad_input_ends_in_one_line(flags, words, fast_run, fails):
     """A traceback, fewer points than asked for without a word, a warning of scikit-learn."""
     argv = flags.replace("AE", str(fast_run[1] / "ae")).split()
-    message = fails(2, embed.main, ["--data", "digits", *argv])
-    assert words in message
+    assert words in fails(2, embed.main, [*FAST, *argv])
     assert os.listdir() == []  # nothing was started
 
 
-def test_interrupted(known, no_figures, monkeypatch, fails):
-    """Advice to resume where there is nothing to resume; a used folder that is written into."""
+def test_an_encoder_of_another_size(fails, digits):
+    """Two of many dimensions drawn as if they were all."""
+    args = ae.parse_args([*FAST, "--latent-dim", "3", "--out-dir", "three"])
+    common.Run(args, digits).finish({}, [], ae.build(args))
+    Path("three/log.jsonl").touch()
+    message = fails(2, embed.main, [*FAST, "--ae", "three"])
+    assert "three has 3 latent dimensions" in message and os.listdir() == ["three"]
+
+
+def test_interrupted(known, fast_run, no_figures, monkeypatch, fails):
+    """Advice that does not work; a resumed run with other maps; a folder that is written into."""
     def interrupt(*args):
         raise KeyboardInterrupt
-    with monkeypatch.context() as m:
-        m.setattr(embed, "map_tsne", interrupt)
-        message = fails(130, embed.main, [*known, "--out-dir", "maps"])
-        assert message.endswith("nothing to go on with: repeat the command")
-    message = fails(2, embed.main, [*known, "--out-dir", "maps"])
-    assert "maps is not empty" in message and "--resume" not in message
+    monkeypatch.setattr(common.Run, "go_on", common.Run.go_on)  # restored after this test
+    monkeypatch.setattr("sys.argv", ["embed.py", *known, "--out-dir", "a b"])
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "map_tsne", interrupt)
+        message = fails(130, common.start, embed.main)
+    assert message.endswith("interrupted; go on with: python embed.py --resume 'a b'")
+    message = fails(2, embed.main, [*known, "--out-dir", "a b"])
+    assert "'a b' is not empty" in message
+    assert measured(embed.main(["--resume", "a b"])) == measured(fast_run[0])
 
 
 def test_readme_commands_parse():

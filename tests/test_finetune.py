@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import vae
 from conftest import history, numbers, readme_commands
+from sklearn.base import BaseEstimator
 
-FAST = ["--fast", "--data", "digits"]
+FAST = ["--fast", "--data", "digits", "--device", "cpu"]
+GPU = common.pick_device("auto")
+LOAD = common.load_data
 
 
 @pytest.fixture(scope="module")
@@ -24,45 +28,89 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """The folder of a --fast run of ae.py, of another size than the default."""
+def fewer(digits):
+    """100 training and 60 test images, for runs of which only the course matters."""
+    return digits._replace(x_train=digits.x_train[:100], y_train=digits.y_train[:100],
+                           x_test=digits.x_test[:60], y_test=digits.y_test[:60])
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch, fewer):
+    """What main() loads: ResNet18 is slow, a handful of images must do."""
+    monkeypatch.setattr(common, "load_data", lambda args: fewer)
+
+
+@pytest.fixture
+def parity(fewer):
+    """Images of two classes, as somebody's own would be."""
+    return fewer._replace(name="parity", classes=("even", "odd"), y_train=fewer.y_train % 2,
+                          y_test=fewer.y_test % 2)
+
+
+def quick_main(script, data, calls=None):
+    """A main that makes a finished run of an untrained network, and notes what it was asked for."""
+    def main(argv):
+        args = script.parse_args(argv)
+        if calls is not None:
+            calls.append((script.__name__, args))
+        run = common.Run(args, data)
+        common.seed_everything(args.seed)
+        model = script.build(args)
+        if script is ae:
+            model(data.x_train[:20])  # gives BatchNorm statistics
+        return run.finish({}, [], model)
+    return main
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, fewer):
+    """The folder of a run of ae.py, of another size than the default, and with dropout."""
     folder = str(tmp_path_factory.mktemp("ae"))
-    ae.main([*FAST, "--latent-dim", "12", "--hidden", "20", "--out-dir", folder])
+    quick_main(ae, fewer)([*FAST, "--latent-dim", "12", "--hidden", "20", "--dropout", "0.5",
+                           "--out-dir", folder])
     return folder
 
 
 @pytest.fixture(scope="module")
-def fast_run(tmp_path_factory, encoder):
-    """(metrics, folder) of a --fast run of all models and --labels, without ImageNet weights."""
+def fast_run(tmp_path_factory, encoder, fewer):
+    """(metrics, folder) of a --fast run of all models, without ImageNet weights."""
     folder = tmp_path_factory.mktemp("fast")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder / "empty"))
-        patch.setattr(finetune, "SEEDS", 2)
-        patch.setattr(finetune, "EPOCH_IMAGES", 1000)
-        # two epochs are too few to learn digits that are shifted too
-        return finetune.main([*FAST, "--encoder", encoder, "--labels", "20", "100", "--augment",
-                              "none", "--out-dir", str(folder / "run")]), folder / "run"
+        patch.setattr(common, "load_data", lambda args: fewer)
+        return finetune.main([*FAST, "--epochs", "1", "--encoder", encoder, "--out-dir",
+                              str(folder / "run")]), folder / "run"
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    for name in ("draw_model", "draw_per_class", "draw_label_efficiency"):
-        monkeypatch.setattr(finetune, name, lambda *args: None)
+    for name in ("confusion", "mistakes", "per_class", "label_efficiency"):
+        monkeypatch.setattr(finetune, f"draw_{name}", lambda *args: None)
+    monkeypatch.setattr(common, "plot_curves", lambda *args: None)
 
 
-def training(name, train, scratch=False, **more):
-    """What plan makes of one training, for 40 images."""
-    return Namespace(**{
-        "name": name, "train": train, "scratch": scratch, "seed": 0, "fold": 0, "epochs": 1,
-        "batch_size": 20, "lr": 0.01, "weight_decay": 0.01, "schedule": "constant",
-        "optimizer": "adam", "augment": "none", "idx": torch.arange(40), **more})
+class NoRun:
+    """Takes the place of a Run in fit(); before: the weights that the training starts from."""
+
+    def resume(self, part, epochs, model, **things):
+        self.before = copy.deepcopy(model.state_dict())
+        return 1
+
+    def end_epoch(self, score, **row):
+        pass
+
+    def load_best(self, model):
+        pass
 
 
-def losses(metrics):
-    """The metrics without times."""
-    models = {name: {k: v for k, v in m.items() if k != "train_seconds"}
-              for name, m in metrics["models"].items()}
-    return {**numbers(metrics), "models": models}
+def trained(data, name, *flags, n=40, **change):
+    """(network, its NoRun) after an epoch over n images, 20 at a time; change: of its settings."""
+    t = finetune.settings(finetune.parse_args([
+        *FAST, "--model", name, "--epochs", "1", "--augment", "none", "--batch-size", "20",
+        *flags]), name)
+    vars(t).update(change)
+    run, part = NoRun(), (data.x_train[:n], data.y_train[:n])
+    return finetune.fit(t, run, "", (0, 0), part, [p[:5] for p in part], len(data.classes)), run
 
 
 # --------------------------------------------------------------------------- models
@@ -76,36 +124,38 @@ def losses(metrics):
 def test_frozen_means_bit_identical(name, train, frozen, digits, encoder):
     """Statistics of a frozen BatchNorm that keep moving, weight decay on it, a trained part that
     does not learn."""
-    args = Namespace(encoder=encoder, device="cpu")
-    model, optimizer, schedule, x, y = finetune.prepare(training(name, train), args, digits, None)
-    before = copy.deepcopy(model.state_dict())
-    finetune.train_epoch(model, x, y, optimizer, schedule, training(name, train),
-                         torch.Generator().manual_seed(0))
+    flags = ["--encoder", encoder] if name == "ae" else []
+    model, run = trained(digits, name, "--train", train, *flags, lr=0.01, weight_decay=0.01)
     for key, value in model.state_dict().items():
         is_frozen = any(key.startswith(f"{part}.") for part in frozen)
-        assert value.equal(before[key]) == is_frozen, key
+        assert value.equal(run.before[key]) == is_frozen, key
 
 
-def test_frozen_dropout_is_off(digits):
+def test_frozen_dropout_is_off(digits, encoder, monkeypatch):
     """A frozen encoder whose dropout goes on: its codes would be noise."""
-    part = training("ae", "head", scratch=True)
-    model, optimizer, schedule, x, y = finetune.prepare(
-        part, Namespace(encoder=None, device="cpu"), digits, None)
-    model.encoder.linear[2].p = 0.5
-    seen = []
-    model.encoder.register_forward_hook(lambda module, x, z: seen.append((x[0], z)))
-    finetune.train_epoch(model, x, y, optimizer, schedule, part,
-                         torch.Generator().manual_seed(0))
-    assert all(model.encoder(x).equal(z) for x, z in seen[:2])
+    train_epoch, seen = finetune.train_epoch, []
+
+    def spy(model, *rest):
+        hook = model.encoder.register_forward_hook(lambda _, x, z: seen.append((x[0], z)))
+        loss = train_epoch(model, *rest)
+        hook.remove()
+        return loss
+    monkeypatch.setattr(finetune, "train_epoch", spy)
+    for train, off in (("head", True), ("all", False)):
+        seen.clear()
+        model, run = trained(digits, "ae", "--train", train, "--encoder", encoder, lr=1e-8)
+        assert len(seen) == 2
+        assert all(model.encoder(x).allclose(z, atol=1e-5) == off for x, z in seen)
 
 
 def test_what_the_encoder_starts_from(encoder):
     """'Pre-trained' that is random, 'from scratch' that is not, or of another architecture."""
-    args = Namespace(encoder=encoder, device="cpu")
-    best = common.load_checkpoint(Path(encoder) / "checkpoint.pt", "ae")["best"][0]["model"]
-    models = [finetune.build(training("ae", "all", scratch), args).encoder.state_dict()
-              for scratch in (False, True)]
-    assert all(value.equal(best[f"encoder.{key}"]) for key, value in models[0].items())
+    saved = ae.load_run(encoder).encoder.state_dict()
+    models = [finetune.build(finetune.settings(finetune.parse_args([
+        *FAST, "--model", "ae", "--encoder", encoder, *scratch]), "ae"), 10).encoder.state_dict()
+        for scratch in ([], ["--scratch"])]
+    assert saved["block1.2.running_mean"].abs().sum() > 0
+    assert all(value.equal(saved[key]) for key, value in models[0].items())
     key = "block1.0.weight"
     assert models[0][key].shape == models[1][key].shape and not models[0][key].equal(models[1][key])
     assert models[1]["block1.2.running_mean"].abs().sum() == 0  # nor its statistics
@@ -114,20 +164,18 @@ def test_what_the_encoder_starts_from(encoder):
 
 def test_random_statistics_are_calibrated(digits):
     """Random frozen layers with BatchNorm statistics of 0 and 1 that fit nothing."""
-    args = Namespace(device="cpu")
-    model, *_ = finetune.prepare(training("resnet18-random", "last"), args, digits, None)
-    model.eval()
+    model, _ = trained(digits, "resnet18-random", "--train", "last")
     seen = []
     model.net.bn1.register_forward_hook(lambda module, x, out: seen.append(out.clone()))
     with torch.no_grad():
-        model(digits.x_train[:40])
+        model.eval()(digits.x_train[:40])
     assert seen[0].mean((0, 2, 3)).abs().max() < 1e-3
     assert (seen[0].std((0, 2, 3)) - 1).abs().max() < 1e-2
 
 
 def test_size_of_homework_1s_cnn():
     """Another network than the report's; features that are not the last hidden layer."""
-    model, x = finetune.CNN().eval(), torch.rand(3, 1, 28, 28)
+    model, x = finetune.CNN(10).eval(), torch.rand(3, 1, 28, 28)
     widths = [m.weight.shape[0] for m in model.modules()
               if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     assert widths == [35, 35, 375, 105, 10]
@@ -177,7 +225,7 @@ def test_pretrained_weights_are_used_and_stay(no_figures):
     torch.save(weights, "w.pth")
     metrics = finetune.main([*FAST, "--model", "resnet18", "--weights", "w.pth", "--epochs", "1",
                              "--out-dir", "run"])
-    state = torch.load("run/checkpoint.pt", weights_only=True)["parts"]["model"]
+    state = torch.load("run/model.pt", weights_only=True)["things"]["model"]
     assert state["net.conv1.weight"].equal(weights["conv1.weight"])
     assert state["net.layer2.1.bn2.running_var"].equal(weights["layer2.1.bn2.running_var"])
     assert not state["net.layer3.0.conv1.weight"].equal(weights["layer3.0.conv1.weight"])
@@ -194,7 +242,57 @@ def test_without_weights(fast_run, fails, monkeypatch):
     assert "ImageNet" in fails(2, finetune.main, [*FAST, "--model", "resnet18"])
 
 
-# --------------------------------------------------------------------------- labels, loss, metrics
+# --------------------------------------------------------------------------- loss, metrics
+
+
+def test_confusion_matrix_is_not_transposed(encoder, fewer, monkeypatch, no_figures):
+    """Swapped axes: with every 4 taken for a 2, row 4 and column 2 must hold them."""
+    y = torch.where(fewer.y_test == 4, 2, fewer.y_test)
+    predict = finetune.predict
+    monkeypatch.setattr(finetune, "predict", lambda model, x, *rest, **more: torch.eye(10)[y] if (
+        x is fewer.x_test) else predict(model, x, *rest, **more))
+    m = finetune.main([*FAST, "--model", "ae", "--epochs", "1", "--encoder", encoder]
+                      )["models"]["ae"]
+    fours = (fewer.y_test == 4).sum().item()
+    assert m["confusion"][4][2] == fours > 0 == m["confusion"][2][4] == m["confusion"][4][4]
+    assert m["most_confused"][0] == ("4", "2", fours)
+    assert m["per_class"] == [float(c != 4) for c in range(10)]
+    assert m["test_accuracy"] == pytest.approx(1 - fours / len(y))
+
+
+def test_evaluation_weighs_images_not_batches(digits):
+    """An average of batch means with a smaller last batch; evaluation in training mode."""
+    model, x, y = finetune.CNN(10), digits.x_train[:207], digits.y_train[:207]
+    model.eval()
+    with torch.no_grad():
+        p = model(x).log_softmax(1)
+    model.train()
+    loss, accuracy = finetune.evaluate(model, x, y)
+    assert loss == pytest.approx(-p[range(207), y].mean().item(), rel=1e-5)
+    assert accuracy == pytest.approx((p.argmax(1) == y).sum().item() / 207)
+
+
+def test_mirrored_prediction(digits):
+    """An image and its mirror image that are told apart, or an upside-down one; labels moved."""
+    model, x = finetune.CNN(10), digits.x_test[:7]
+    logits = finetune.predict(model, x, mirror=True)
+    assert logits.allclose(finetune.predict(model, x.flip(3), mirror=True), atol=1e-6)
+    assert logits.allclose((model(x) + model(x.flip(3))) / 2, atol=1e-6)
+    assert not logits.allclose(finetune.predict(model, x))
+    for flags, mirror in (("--augment flip", True), ("--augment none", False),
+                          ("--augment none --mirror", True), ("--no-mirror", False),
+                          ("--recipe report", False)):
+        args = finetune.parse_args([*FAST, *flags.split()])
+        assert {finetune.settings(args, name).mirror for name in finetune.TABLE3} == {mirror}
+
+
+def test_overfits_32_images(digits):
+    """A network or a step that cannot learn."""
+    model, _ = trained(digits, "cnn", n=32, epochs=40, batch_size=32, lr=0.003)
+    assert finetune.evaluate(model, digits.x_train[:32], digits.y_train[:32])[1] == 1
+
+
+# --------------------------------------------------------------------------- labels
 
 
 def test_label_subsets_are_stratified_and_nested():
@@ -210,166 +308,253 @@ def test_label_subsets_are_stratified_and_nested():
     assert not finetune.label_subset(y, 45, 1).equal(subsets[1])
 
 
-def test_plan_of_labels(digits):
-    """Label subsets that reach into the validation images; unequal trainings in a comparison."""
-    parts = finetune.plan(finetune.parse_args(
-        [*FAST, "--model", "ae", "--labels", "50", "800"]), digits)
-    table, few = parts[0], [p for p in parts if p.val is None]
-    assert len(few) == 2 * 3 * 3
-    for part in few:
-        assert set(part.idx.tolist()) <= set(table.idx.tolist())
-        assert len(set(part.idx.tolist())) == part.labels
-    for n in (50, 800):
-        for seed in range(3):
-            same = [p for p in few if (p.labels, p.seed) == (n, seed)]
-            assert all(p.idx.equal(same[0].idx) for p in same)
-            assert {(p.train, p.scratch) for p in same} == {
-                ("head", False), ("all", False), ("all", True)}
+def blobs(n, seed):
+    """Codes (n, 4) of three classes: the first two dimensions tell them apart, far from zero."""
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.randint(3, (n,), generator=rng)
+    centres = torch.tensor([[9.0, 9, 9, 9], [9, 12, 9, 9], [12, 9, 9, 9]])
+    return centres[y] + 0.5 * torch.randn(n, 4, generator=rng), y
 
 
-def test_confusion_matrix_is_not_transposed(encoder, digits, monkeypatch, no_figures):
-    """Swapped axes: with every 4 taken for a 2, row 4 and column 2 must hold them."""
-    y = torch.where(digits.y_test == 4, 2, digits.y_test)
-    predict = finetune.predict
-    monkeypatch.setattr(finetune, "predict", lambda model, x, *rest, **more: torch.eye(10)[y] if (
-        x is digits.x_test) else predict(model, x, *rest, **more))
-    monkeypatch.setattr(common, "load_data", lambda args: digits)
-    m = finetune.main([*FAST, "--model", "ae", "--epochs", "1", "--encoder", encoder]
-                      )["models"]["ae"]
-    fours = (digits.y_test == 4).sum().item()
-    assert m["confusion"][4][2] == fours and m["confusion"][2][4] == m["confusion"][4][4] == 0
-    assert m["most_confused"][0] == ("4", "2", fours)
-    assert m["per_class"] == [float(c != 4) for c in range(10)]
-    assert m["test_accuracy"] == pytest.approx(1 - fours / len(y))
+def test_probe():
+    """Codes on another scale that count less; a test set that is centred by its own mean."""
+    train, val, test = blobs(60, 0), blobs(300, 1), blobs(300, 2)
+    result = finetune.probe(lambda x: x, train, val, test)
+    assert min(result) > 0.95
+    scale = torch.tensor([1e-3, 1, 1e3, 1])
+    assert finetune.probe(lambda x: x * scale, train, val, test) == pytest.approx(result, abs=0.01)
+    no_use = [(x[:, 2:], y) for x, y in (train, val, test)]  # these dimensions tell nothing
+    assert max(finetune.probe(lambda x: x, *no_use)) < 0.45
+    one_class = [part[test[1] == 1] for part in test]
+    assert finetune.probe(lambda x: x, train, val, one_class)[1] > 0.9
 
 
-def test_evaluation_weighs_images_not_batches(digits):
-    """An average of batch means with a smaller last batch; evaluation in training mode."""
-    model, x, y = finetune.CNN(), digits.x_train[:507], digits.y_train[:507]
-    model.eval()
-    with torch.no_grad():
-        p = model(x).log_softmax(1)
-    model.train()
-    loss, accuracy = finetune.evaluate(model, x, y)
-    assert loss == pytest.approx(-p[range(507), y].mean().item(), rel=1e-5)
-    assert accuracy == pytest.approx((p.argmax(1) == y).sum().item() / 507)
+class FakeRegression(BaseEstimator):
+    """Takes the place of LogisticRegression: how right it is, is said by how many it is asked."""
+
+    right = {}  # {number of codes: accuracy for each of STRENGTHS}
+
+    def __init__(self, C, max_iter):
+        self.C, self.max_iter = C, max_iter
+
+    def fit(self, z, y):
+        self.seen_ = len(z)
+        return self
+
+    def score(self, z, y):
+        assert self.seen_ == 10
+        return self.right[len(z)][finetune.STRENGTHS.index(self.C)]
 
 
-def test_mirrored_prediction(digits):
-    """An image and its mirror image that are told apart, or an upside-down one; labels moved."""
-    model, x = finetune.CNN(), digits.x_test[:7]
-    logits = finetune.predict(model, x, mirror=True)
-    assert logits.allclose(finetune.predict(model, x.flip(3), mirror=True), atol=1e-6)
-    assert logits.allclose((model(x) + model(x.flip(3))) / 2, atol=1e-6)
-    assert not logits.allclose(finetune.predict(model, x))
-    for flags, mirror in (("--augment flip", True), ("--augment none", False),
-                          ("--augment none --mirror", True), ("--no-mirror", False),
-                          ("--recipe report", False)):
-        parts = finetune.plan(finetune.parse_args([*FAST, *flags.split()]), digits)
-        assert {part.mirror for part in parts} == {mirror}
+@pytest.mark.parametrize("val, chosen", [((0.5, 0.9, 0.6), 1), ((0.9, 0.5, 0.9), 0)])
+def test_probe_is_chosen_on_validation_codes(val, chosen, monkeypatch):
+    """The penalty that does best on the test set; of equal ones that which does best there."""
+    monkeypatch.setattr(finetune, "LogisticRegression", FakeRegression)
+    for test in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)):
+        monkeypatch.setattr(FakeRegression, "right", {20: val, 30: test})
+        parts = blobs(10, 0), blobs(20, 1), blobs(30, 2)
+        assert finetune.probe(lambda x: x, *parts) == (val[chosen], test[chosen])
 
 
-def test_overfits_32_images(digits):
-    """A network or a step that cannot learn."""
-    part = training("cnn", "all", epochs=40, batch_size=32, lr=0.003, idx=torch.arange(32))
-    model, optimizer, schedule, x, y = finetune.prepare(
-        part, Namespace(device="cpu"), digits, None)
-    for _ in range(part.epochs):
-        finetune.train_epoch(model, x, y, optimizer, schedule, part,
-                             torch.Generator().manual_seed(0))
-    assert finetune.evaluate(model, x, y)[1] == 1
+@pytest.fixture
+def few_trainings(monkeypatch, fewer):
+    """Two seeds and two candidates of --labels, and codes of an untrained VAE."""
+    monkeypatch.setattr(finetune, "SEEDS", 2)
+    monkeypatch.setattr(finetune, "CANDIDATES", finetune.CANDIDATES[::2])
+    monkeypatch.setattr(vae, "main", quick_main(vae, fewer))
+
+
+@pytest.mark.parametrize("val, chosen", [((0.5, 0.9, 0.6), 1), ((0.9, 0.5, 0.9), 0)])
+def test_settings_are_chosen_on_validation_images(val, chosen, encoder, fewer, monkeypatch,
+                                                  no_figures):
+    """Settings that do best on the test set; of equal ones those that do best there."""
+    monkeypatch.setattr(vae, "main", quick_main(vae, fewer))
+    monkeypatch.setattr(finetune, "probe", lambda *args: (0.0, 0.0))
+    monkeypatch.setattr(finetune, "fit", lambda flags, *rest: finetune.CANDIDATES.index(
+        {"lr": flags.lr, "augment": flags.augment}))
+    for test in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)):
+        monkeypatch.setattr(finetune, "evaluate", lambda which, x, y, test=test: (  # fit's answer
+            0.0, (test if x is fewer.x_test else val)[which]))
+        result = finetune.main([*FAST, "--labels", "10", "20", "--encoder", encoder])
+        for way in ("fine-tuned", "from scratch"):
+            for n in ("10", "20"):
+                assert result["label_efficiency"][way][n]["each"] == [test[chosen]] * 3
+
+
+def test_which_images_are_labelled(encoder, fewer, monkeypatch, no_figures):
+    """Labels of validation or test images; other images for another way; two trainings in one."""
+    numbered = torch.arange(100.0).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)  # each tells its index
+    monkeypatch.setattr(common, "load_data", lambda args: fewer._replace(x_train=numbered))
+    monkeypatch.setattr(vae, "main", quick_main(vae, fewer))
+    monkeypatch.setattr(finetune, "evaluate", lambda *args: (0.0, 0.5))
+    used, parts = {}, []
+
+    def note(seed, scratch, train, val, test=None):
+        ids, times = train[0][:, 0, 0, 0].long().unique(return_counts=True)
+        assert times.min() == times.max() and train[1].equal(
+            fewer.y_train[train[0][:, 0, 0, 0].long()])
+        used.setdefault((len(ids), seed), []).append((scratch, ids.tolist()))
+        assert not set(ids.tolist()) & set(val[0][:, 0, 0, 0].long().tolist())
+        assert len(val[0]) == 20 and (test is None or test[0] is fewer.x_test)
+
+    def fit(flags, run, part, seeds, train, val, classes):
+        note(seeds[0], flags.scratch, train, val)
+        parts.append(part)
+        assert flags.train == "all" and flags.encoder == encoder
+    monkeypatch.setattr(finetune, "fit", fit)
+    probed = iter(range(1000))  # two for each seed, three seeds for each number of labels
+    monkeypatch.setattr(finetune, "probe", lambda encode, *parts: note(
+        next(probed) // 2 % 3, None, *parts) or (0.0, 0.5))
+    finetune.main([*FAST, "--labels", "40", "10", "--encoder", encoder])
+    assert used.keys() == {(n, seed) for n in (10, 40) for seed in range(3)}
+    for (_, seed), ways in used.items():
+        assert [scratch for scratch, _ in ways] == [None] * 2 + [False] * 3 + [True] * 3
+        assert all(ids == ways[0][1] for _, ids in ways)
+        assert set(ways[0][1]) <= set(used[40, seed][0][1])
+    assert len(set(parts)) == len(parts) == 2 * 3 * 2 * 3
 
 
 # --------------------------------------------------------------------------- runs
 
 
 def test_fast_run(fast_run):
-    """A metric that is missing, a figure that is not drawn, a model no better than chance."""
+    """A metric that is missing, a figure that is not drawn."""
     metrics, folder = fast_run
-    assert metrics.keys() >= {"models", "data", "device", "label_efficiency"}
+    assert metrics.keys() >= {"models", "left_out", "data", "device", "epochs"}
     assert list(metrics["models"]) == ["ae", "resnet18-random", "cnn"]
     for m in metrics["models"].values():
         assert m.keys() >= {"test_accuracy", "test_loss", "train_seconds", "parameters",
-                            "trained_parameters", "per_class"}
-        assert 0.2 < m["test_accuracy"] <= 1 and len(m["per_class"]) == 10
-    assert json.loads((folder / "metrics.json").read_text())["models"].keys() == (
-        metrics["models"].keys())
-    for points in metrics["label_efficiency"].values():
-        assert list(points) == ["20", "100"] and len(points["20"]["each"]) == 2
-        assert points["100"]["mean"] == pytest.approx(np.mean(points["100"]["each"]))
-    points = metrics["label_efficiency"]["fine-tuned"]
-    assert 0.15 < points["20"]["mean"] < points["100"]["mean"]
+                            "trained_parameters", "per_class", "confusion"}
+        assert 0 <= m["test_accuracy"] <= 1 and len(m["per_class"]) == 10
+    assert json.loads(json.dumps(metrics)) == json.loads((folder / "metrics.json").read_text())
     drawn = {int(f.name[3:5]) for f in folder.glob("fig*.png")}
     assert drawn == {30, 32, 33, 35, 36}  # 31 and 34 are those of the pre-trained network
-    assert (folder / "label_efficiency.png").exists()
+    assert len(list(folder.glob("mistakes_*.png"))) == 3 and (folder / "per_class.png").exists()
 
 
-def test_training_never_sees_the_test_set(encoder, no_figures, monkeypatch):
+def test_training_never_sees_the_test_set(encoder, fewer, no_figures, monkeypatch):
     """Selection, curves or statistics that depend on test images."""
     command = [*FAST, "--model", "ae", "--train", "last", "--encoder", encoder]
     finetune.main([*command, "--out-dir", "seeing"])
-    load = common.load_data
-    monkeypatch.setattr(common, "load_data", lambda args: load(args)._replace(
-        x_test=torch.zeros(300, 1, 28, 28)))
+    monkeypatch.setattr(common, "load_data", lambda args: fewer._replace(
+        x_test=torch.zeros(60, 1, 28, 28)))
     finetune.main([*command, "--out-dir", "blind"])
     assert history("blind") == history("seeing")
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(encoder, no_figures, monkeypatch, fails):
-    """Resuming forgets which model it was at, its optimiser, its frozen parts, or its encoder."""
-    monkeypatch.setattr(finetune, "SEEDS", 2)
-    monkeypatch.setattr(finetune, "EPOCH_IMAGES", 200)
-    command = [*FAST, "--model", "ae", "--train", "last", "--encoder", encoder, "--labels", "30",
-               "--folds", "2"]
-    whole = finetune.main([*command, "--out-dir", "whole"])
-    train_epoch, calls = finetune.train_epoch, []
+@pytest.mark.parametrize("flags, trainings", [("--model ae --train last --folds 2", 2),
+                                              ("--labels 20", 2 * 2 * 2)])
+def test_interrupted_and_resumed_equals_uninterrupted(flags, trainings, encoder, few_trainings,
+                                                      no_figures, monkeypatch, fails):
+    """Resuming forgets which training it was at, its optimiser, its frozen parts, its encoder."""
+    command = [*FAST, *flags.split(), "--encoder", encoder, "--out-dir"]
+    whole = finetune.main([*command, "whole"])
+    assert len(history("whole")) == 2 * trainings  # epochs
+    train_epoch, epochs = finetune.train_epoch, iter(range(2 * trainings))
 
-    def eighth(*args):
-        calls.append(1)
-        if len(calls) == 8:  # in the fourth training
+    def last(*args):
+        if next(epochs) == 2 * trainings - 1:
             raise KeyboardInterrupt
         return train_epoch(*args)
-    monkeypatch.setattr(finetune, "train_epoch", eighth)
-    assert "--resume part" in fails(130, finetune.main, [*command, "--out-dir", "part"])
-    monkeypatch.setattr(finetune, "train_epoch", train_epoch)
-    resumed = finetune.main(["--resume", "part"])
-    assert history("part") == history("whole") and len(history("part")) == 2 * (2 + 3 * 2)
-    assert losses(resumed) == losses(whole)
-    m = whole["models"]["ae"]
-    assert m["test_accuracy"] == np.mean(m["fold_test_accuracy"]) and m["test_accuracy_std"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train_epoch", last)
+        message = fails(130, common.start, lambda: finetune.main([*command, "part"]))
+    assert "interrupted" in message and not Path("part/metrics.json").exists()
+    resumed = finetune.main(["--resume", "part", "--device", "cpu"])
+    assert history("part") == history("whole") and numbers(resumed) == numbers(whole)
+    parts = [file.name for file in Path("whole").glob("*.pt") if file.name != "model.pt"]
+    assert len(parts) == trainings
+    for part in parts:
+        a, b = (torch.load(f"{f}/{part}", weights_only=True)["things"] for f in ("part", "whole"))
+        assert all(a["model"][key].equal(b["model"][key]) for key in b["model"])
 
 
-def test_judge_is_the_best_fold(no_figures, monkeypatch, capsys):
-    """The last fold instead of the best; another model's weights; a judge that drops out."""
-    args = finetune.parse_args(["--data", "digits"])
-    args.judge = None
+def test_folds_are_averaged(fewer, encoder, no_figures, monkeypatch):
+    """The accuracy of one fold for that of all; folds of the same images, or of the same draws."""
+    seeds, val, fit = [], [], finetune.fit
+
+    def spy(args, run, part, fold_seeds, train, fold_val, *rest):
+        seeds.append(fold_seeds)
+        val.append(fold_val[0])
+        return fit(args, run, part, fold_seeds, train, fold_val, *rest)
+    monkeypatch.setattr(finetune, "fit", spy)
+    m = finetune.main([*FAST, "--model", "ae", "--folds", "3", "--epochs", "1", "--encoder",
+                       encoder])["models"]["ae"]
+    assert m["test_accuracy"] == pytest.approx(np.mean(m["fold_test_accuracy"]))
+    assert m["test_accuracy_std"] == pytest.approx(np.std(m["fold_test_accuracy"], ddof=1))
+    assert seeds == [(0, 0), (0, 1), (0, 2)]
+    assert torch.cat(val).flatten(1).sum(1).sort().values.allclose(
+        fewer.x_train.flatten(1).sum(1).sort().values)
+
+
+def test_judge_is_the_best_epoch_of_the_best_fold(no_figures, monkeypatch):
+    """The last fold instead of the best; the last weights; a judge that drops out."""
+    # two epochs in each of three folds, each judged on seen images and then on others
+    losses = iter([0.0, 5.0, 0.0, 4.0, 0.0, 1.0, 0.0, 6.0, 0.0, 3.0, 0.0, 2.0])
+    monkeypatch.setattr(finetune, "evaluate", lambda *args: (next(losses), 0.5))
     train_epoch = finetune.train_epoch
     monkeypatch.setattr(finetune, "train_epoch", lambda model, x, y, *rest: (
-        train_epoch(model, x[:100], y[:100], *rest)))
-    metrics = finetune.main(["--data", "digits", "--model", "cnn", "--folds", "3", "--epochs", "2"])
-    judge = finetune.load_judge(args)
-    assert metrics["folder"] in capsys.readouterr().out and args.judge == metrics["folder"]
-    state = torch.load(f"{metrics['folder']}/checkpoint.pt", weights_only=True)
-    best = min(state["best"].values(), key=lambda b: b["val_loss"])
+        train_epoch(model, x[:20], y[:20], *rest)))
+    metrics = finetune.main([*FAST, "--model", "cnn", "--folds", "3", "--epochs", "2", "--out-dir",
+                             "folds"])
+    assert metrics["models"]["cnn"]["best_epoch"] == 1
+    judge = finetune.load_judge(Namespace(judge="folds", device="cpu"), common.load_data(None))
+    best = common.load_checkpoint(Path("folds/cnn-fold-2.pt"), {})["best"]
+    assert best["epoch"] == 1 and best["score"] == 1
     assert all(value.equal(best["model"][key]) for key, value in judge.state_dict().items())
     assert not judge.training
 
 
-def test_judge_is_trained_where_there_is_none(no_figures, capsys):
-    """A chapter that fails because another one was not run yet."""
-    args = finetune.parse_args(FAST)
-    args.judge = None
-    judge = finetune.load_judge(args)
-    assert "finetune.py --fast --model cnn" in capsys.readouterr().out
-    assert judge.features(torch.rand(2, 1, 28, 28)).shape == (2, 105)
+def test_judge_is_trained_where_there_is_none(no_figures, capsys, monkeypatch, parity):
+    """A chapter that fails because another one was not run yet, or trains it again each time."""
+    monkeypatch.setattr(common, "load_data", lambda args: parity)
+    args = Namespace(judge=None, data="digits", data_dir="data", seed=5, fast=True, device="cpu")
+    judge = finetune.load_judge(args, parity)
+    assert "python finetune.py --model cnn --epochs 8 --data digits --seed 5 --fast" in (
+        capsys.readouterr().out)
+    x = torch.rand(3, 1, 28, 28)
+    assert judge.features(x).shape == (3, 105) and judge(x).shape == (3, 2)
+    monkeypatch.setattr(finetune, "main", None)
+    again = finetune.load_judge(args, parity).state_dict()
+    assert all(value.equal(again[key]) for key, value in judge.state_dict().items())
+
+
+def test_two_classes(monkeypatch, parity, few_trainings):
+    """A ten that is written somewhere, in a head, a figure or a metric; an encoder not made."""
+    calls, drawn = [], []
+    monkeypatch.setattr(common, "load_data", lambda args: parity)
+    monkeypatch.setattr(ae, "main", quick_main(ae, parity, calls))
+    monkeypatch.setattr(common.Run, "save", lambda run, fig, name, caption: drawn.append(name))
+    monkeypatch.setenv("TORCH_HOME", "empty")
+    metrics = finetune.main([*FAST, "--epochs", "1", "--seed", "4"])
+    for m in metrics["models"].values():
+        assert len(m["per_class"]) == len(m["confusion"]) == 2
+    assert len(drawn) == 3 * 3 + 1
+    (_, made), = calls  # plain ae.py, of the same data and seed
+    assert (made.seed, made.data, made.fast, made.latent_dim) == (4, "digits", True, 38)
+    monkeypatch.setattr(finetune, "CANDIDATES", finetune.CANDIDATES[:1])
+    metrics = finetune.main([*FAST, "--labels", "2", "10", "--epochs", "1", "--seed", "4"])
+    assert len(calls) == 1 and drawn[-1] == "label_efficiency"
+    assert list(metrics["label_efficiency"]) == [
+        "probe on AE codes", "probe on VAE codes", "fine-tuned", "from scratch"]
+    for points in metrics["label_efficiency"].values():
+        assert list(points) == ["2", "10"] and len(points["2"]["each"]) == 2
+        assert points["10"]["mean"] == pytest.approx(np.mean(points["10"]["each"]))
+
+
+@pytest.mark.skipif(GPU == "cpu", reason="this machine has no GPU")
+def test_gpu(monkeypatch):
+    """A tensor that stays on the CPU."""
+    monkeypatch.setattr(common, "load_data", LOAD)
+    metrics = finetune.main(["--fast", "--data", "digits", "--device", GPU])
+    assert metrics["device"] == GPU and len(metrics["models"]) >= 3
 
 
 @pytest.mark.parametrize("flags, named", [
     ("--model cnn --train head", "--train"), ("--model cnn --scratch", "--scratch"),
-    ("--model cnn --labels 100", "--labels"), ("--model ae --labels 5", "--labels 5"),
-    ("--model ae --labels 900", "--labels 900"), ("--model resnet50", "--model"),
-    ("--model ae --encoder nowhere", "nowhere"), ("--encoder=", "--encoder"),
-    ("--model resnet18-random --batch-size 799", "--batch-size 799"),
+    ("--model cnn --labels 50", "--labels"), ("--labels 5", "--labels 5"),
+    ("--labels 90", "--labels 90"), ("--model resnet50", "--model"), ("--encoder=", "--encoder"),
+    ("--model resnet18-random --batch-size 79", "--batch-size 79"),
     ("--model resnet18-random --batch-size 1", "--batch-size 1"),
     ("--model cnn --weights w.pth", "--weights"), ("--labels 0", "--labels"),
     ("--resume nowhere", "nowhere"), ("--train some", "--train")])
@@ -379,13 +564,25 @@ def test_bad_flags_end_in_one_line(flags, named, fails):
     assert os.listdir() == []  # nothing was started
 
 
-def test_recipes_and_explicit_flags(digits):
+@pytest.mark.parametrize("flags", ["--model ae", "--model all", "--labels 20"])
+def test_wrong_encoder(flags, fails, monkeypatch):
+    """A name without a run, or of another script's: seen only after something was trained."""
+    monkeypatch.setattr(finetune, "train_epoch", None)
+    command = [*FAST, *flags.split(), "--encoder"]
+    assert "nowhere" in fails(2, finetune.main, [*command, "nowhere"])
+    quick_main(vae, common.load_data(None))([*FAST, "--out-dir", "vae"])
+    assert "vae is a run of vae.py" in fails(2, finetune.main, [*command, "vae"])
+
+
+def test_recipes_and_explicit_flags():
     """A recipe that overrides what was asked for; one model's setting given to another."""
     args = finetune.parse_args(["--recipe", "report", "--batch-size", "77", "--data", "digits"])
-    parts = {part.name: part for part in finetune.plan(args, digits)}
-    assert (parts["ae"].lr, parts["ae"].epochs, parts["ae"].augment) == (0.0001, 30, "report")
-    assert (parts["cnn"].lr, parts["cnn"].epochs, parts["cnn"].train) == (0.0085, 20, "all")
-    assert parts["resnet18"].train == "last" and {p.batch_size for p in parts.values()} == {77}
+    of = {name: finetune.settings(args, name) for name in finetune.TABLE3}
+    assert (of["ae"].lr, of["ae"].epochs, of["ae"].augment) == (0.0001, 30, "report")
+    assert (of["cnn"].lr, of["cnn"].epochs, of["cnn"].train) == (0.0085, 20, "all")
+    assert of["resnet18"].train == "last" and {t.batch_size for t in of.values()} == {77}
+    of = finetune.settings(finetune.parse_args(["--train", "head", "--scratch"]), "resnet18")
+    assert of.train == "head" and not of.scratch
 
 
 def test_readme_commands_parse():

@@ -16,6 +16,9 @@ import vae
 from conftest import history, numbers, readme_commands
 
 FAST = ["--fast", "--data", "digits", "--device", "cpu"]
+SMALL = ["--filters", "8", "8", "8", "--d-filters", "4", "4"]
+GPU = common.pick_device("auto")
+LOAD, JUDGE = common.load_data, finetune.load_judge
 
 
 @pytest.fixture(scope="module")
@@ -24,30 +27,81 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def judge():
-    """One judge for all tests, untrained: each --fast run would take seconds to train its own."""
-    common.seed_everything(0)
-    return finetune.CNN().eval()
-
-
-@pytest.fixture(autouse=True)
-def one_judge(monkeypatch, judge):
-    monkeypatch.setattr(finetune, "load_judge", lambda args: judge)
+def fewer(digits):
+    """100 training and 60 test images, for runs of which only the course matters."""
+    return digits._replace(x_train=digits.x_train[:100], y_train=digits.y_train[:100],
+                           x_test=digits.x_test[:60], y_test=digits.y_test[:60])
 
 
 @pytest.fixture(scope="module")
-def fast_run(tmp_path_factory, judge):
+def judge():
+    """One judge for all tests, untrained: to train one for each would take seconds."""
+    common.seed_everything(0)
+    return finetune.CNN(10).eval()
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch, fewer, judge):
+    """What main() loads and asks."""
+    monkeypatch.setattr(common, "load_data", lambda args: fewer)
+    monkeypatch.setattr(finetune, "load_judge", lambda args, data: judge)
+
+
+@pytest.fixture(scope="module")
+def fast_run(tmp_path_factory, fewer, judge):
     """(metrics, folder) of one --fast run."""
     folder = tmp_path_factory.mktemp("fast")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "load_judge", lambda args: judge)
+        patch.setattr(common, "load_data", lambda args: fewer)
+        patch.setattr(finetune, "load_judge", lambda args, data: judge)
         return gan.main([*FAST, "--out-dir", str(folder)]), folder
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(gan, "draw_curves", lambda *args: None)
-    monkeypatch.setattr(gan, "draw_samples", lambda *args: None)
+    for name in ("draw_curves", "draw_samples", "draw_ablation"):
+        monkeypatch.setattr(gan, name, lambda *args: None)
+
+
+@pytest.fixture
+def two_classes(monkeypatch, fewer):
+    """Images of two classes, as somebody's own would be; and a judge that knows two."""
+    parity = fewer._replace(name="parity", classes=("even", "odd"), y_train=fewer.y_train % 2,
+                            y_test=fewer.y_test % 2)
+    common.seed_everything(0)
+    judge = finetune.CNN(2).eval()
+    monkeypatch.setattr(common, "load_data", lambda args: parity)
+    monkeypatch.setattr(finetune, "load_judge", lambda args, data: judge)
+    return parity
+
+
+@pytest.fixture
+def interrupt(monkeypatch, fails):
+    """interrupt(n, argv): run gan.main until its n-th epoch begins, then as by Ctrl-C."""
+    def run(n, argv):
+        epochs, train_epoch = iter(range(1, n + 1)), gan.train_epoch
+
+        def train(*args, **kwargs):
+            if next(epochs) == n:
+                raise KeyboardInterrupt
+            return train_epoch(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(gan, "train_epoch", train)
+            assert fails(130, common.start, lambda: gan.main(argv)).startswith("error: interrupted")
+    return run
+
+
+def same(a, b):
+    """Are two checkpoints, or parts of them, equal to the last bit? Times aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def load(file):
+    return torch.load(file, weights_only=True)
 
 
 def networks(*flags):
@@ -57,12 +111,12 @@ def networks(*flags):
     return args, *gan.build(args)
 
 
-def train(args, netG, netD, x, g_lr=0.0, d_lr=0.0):
+def train(args, netG, netD, x, g_lr=0.0, d_lr=0.0, **more):
     """One epoch with plain gradient steps at these rates; returns its means."""
     return gan.train_epoch(netG, netD, copy.deepcopy(netG), x,
                            torch.optim.SGD(netG.parameters(), g_lr),
                            torch.optim.SGD(netD.parameters(), d_lr), (), args,
-                           torch.Generator().manual_seed(0))
+                           torch.Generator().manual_seed(0), **more)
 
 
 # --------------------------------------------------------------------------- model
@@ -156,7 +210,8 @@ def test_each_step_keeps_to_its_own_network(digits):
 def test_one_learns_against_the_other_at_rest(digits, moves):
     """A sign: D that learns to take real for fake, G that learns to be caught."""
     x = digits.x_train[:64]
-    args, netG, netD = networks("--batch-size", "32")
+    args, netG, netD = networks("--batch-size", "32", "--filters", "16", "16", "16",
+                                "--d-filters", "8", "16")
     rates = {"d_lr": 0.2} if moves == "D" else {"g_lr": 0.2}
     rows = [train(args, netG, netD, x, **rates) for _ in range(8)]
     if moves == "D":
@@ -196,6 +251,19 @@ def test_ema_equals_its_definition():
     gan.update_average(ema, netG, 0.0)  # off: G itself
     z = torch.randn(3, 32)
     assert torch.equal(gan.sample(ema, z), gan.sample(netG, z))
+
+
+def test_ema_warms_up(digits, monkeypatch):
+    """First random weights that count for long; a decay above --ema, or one that starts anew."""
+    decays = []
+    monkeypatch.setattr(gan, "update_average", lambda ema, netG, decay: decays.append(decay))
+    args, netG, netD = networks("--batch-size", "4", "--ema", "0.3")
+    train(args, netG, netD, digits.x_train[:16])
+    assert decays == [1 / 10, 2 / 11, 3 / 12, 0.3]  # 4 / 13 is more
+    decays.clear()
+    args.ema = 0.999
+    train(args, netG, netD, digits.x_train[:8], steps=90)
+    assert decays == [91 / 100, 92 / 101]
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -240,7 +308,7 @@ def test_frechet_distance_of_gaussians():
 
 def test_frechet_distance_is_zero_for_equal_sets_and_grows_with_noise(digits, judge):
     """A metric that does not follow the eye; a judge with dropout on."""
-    x = digits.x_train
+    x = digits.x_train[:300]
     real, generator = gan.features(judge, x), torch.Generator().manual_seed(0)
     assert gan.frechet_distance(real, real) == pytest.approx(0, abs=1e-5)
     noise = torch.randn(x.shape, generator=generator)
@@ -262,13 +330,41 @@ def test_precision_and_recall():
     assert gan.precision_recall(line, fake, k=1) == (1, 0.5)
 
 
-def test_judge_counts_classes(judge, digits):
-    """A histogram of another axis: real digits are spread over all ten classes."""
+def test_two_sample_of_known_sets():
+    """A point that is its own neighbour (all right, always); real and fake, or pixels, mixed up."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 1000, 8, generator=rng)
+    assert gan.two_sample(a, b) == pytest.approx((0.5, 0.5), abs=0.06)  # one distribution
+    assert gan.two_sample(a, b + 50) == (1, 1)  # disjoint sets
+    assert gan.two_sample(a, a.clone()) == (0, 0)  # copies: the nearest is always the other set's
+    # shrunk to the mean, as blurred images are, in many dimensions: all lie nearest to the mean
+    a, b = torch.randn(2, 200, 100, generator=rng)
+    real, fake = gan.two_sample(a, 0.5 * b)
+    assert real < 0.1 and fake > 0.9 and gan.two_sample(0.5 * b, a) == (fake, real)
+    # by hand: 0 and -5 have a real neighbour, 1 and 10 have 1.4; of the others only 1.4 has one
+    line = torch.tensor([[0.0], [1.0], [10.0], [-5.0]])
+    fake = torch.tensor([[1.4], [20.0], [21.0], [23.0]])
+    assert gan.two_sample(line, fake) == (0.5, 0.75)
+    assert gan.two_sample(line, torch.cat([fake, line])) == (0.5, 0.75)  # as many of each
+    assert gan.two_sample(line, fake, n=2) == (0.5, 0.5)  # 0, 1, 1.4, 20
+
+
+def test_judging_images(judge, digits):
+    """A histogram of another axis; real images in the place of generated ones, or of features."""
     x = digits.x_train[:300]
-    result = gan.judge_images(judge, x, gan.features(judge, x))
+    real = gan.features(judge, x)
+    result = gan.judge_images(judge, x, real, x)
     assert result["class_coverage"] == pytest.approx(
         [(judge(x).argmax(1) == c).float().mean().item() for c in range(10)])
     assert (result["precision"], result["recall"]) == (1, 1)
+    fake = 0.5 * x.mean(0) + 0.5 * digits.x_test
+    result = gan.judge_images(judge, fake, real, x)
+    assert result["frechet"] == pytest.approx(
+        gan.frechet_distance(gan.features(judge, fake), real))
+    assert (result["precision"], result["recall"]) == gan.precision_recall(
+        real, gan.features(judge, fake))
+    assert result["two_sample"] == gan.two_sample(real, gan.features(judge, fake))
+    assert result["two_sample_pixels"] == gan.two_sample(x, fake) != result["two_sample"]
 
 
 def test_nearest_finds_the_copy(digits):
@@ -281,131 +377,187 @@ def test_nearest_finds_the_copy(digits):
 # --------------------------------------------------------------------------- runs
 
 
-def test_fast_run(fast_run, judge, digits):
+def test_fast_run(fast_run, judge, fewer):
     """A metric or a figure that is missing; final numbers from other weights than the best."""
     metrics, folder = fast_run
     assert {"d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake", "frechet", "frechet_floor",
-            "precision", "recall", "class_coverage", "parameters", "epochs", "seconds_per_epoch",
-            "data", "device"} <= metrics.keys()
-    assert metrics == json.loads((folder / "metrics.json").read_text())
+            "precision", "recall", "two_sample", "two_sample_pixels", "class_coverage",
+            "parameters", "epochs", "seconds_per_epoch", "data", "device"} <= metrics.keys()
+    assert json.loads(json.dumps(metrics)) == json.loads((folder / "metrics.json").read_text())
     assert 0 < metrics["frechet_floor"] < metrics["frechet"]
     assert sum(metrics["class_coverage"]) == pytest.approx(1)
+    page = (folder / "index.html").read_text()
     for name in ("fig24_loss", "fig25_samples", "nearest", "epochs", "interpolation"):
-        assert (folder / f"{name}.png").exists()
-    x = gan.sample(gan.load_run(folder), gan.noise(300, 32, 3))
-    real = gan.features(judge, digits.x_test)
-    assert gan.judge_images(judge, x, real)["frechet"] == pytest.approx(metrics["frechet"])
+        assert (folder / f"{name}.png").exists() and f"{name}.png" in page
+    x = gan.sample(gan.load_run(folder), gan.noise(60, 32, 3))
+    again = gan.judge_images(judge, x, gan.features(judge, fewer.x_test), fewer.x_test)
+    assert again["frechet"] == pytest.approx(metrics["frechet"])
     best = min(history(folder), key=lambda row: row["val_frechet"])
     assert (metrics["val_frechet"], metrics["best_epoch"]) == (best["val_frechet"], best["epoch"])
+    album = common.load_checkpoint(folder / "best.pt", {})["images"]
+    assert [x.shape for x in album] == [(10, 1, 28, 28)] * 3
+    assert not torch.equal(album[0], album[2])  # no epoch shows the images of another
 
 
 def test_final_numbers_are_of_the_best_epoch(no_figures, monkeypatch):
     """The last weights, where an earlier epoch was better on the validation images."""
     distances, judged = iter([2.0, 1.0, 3.0, 0.0]), []
     monkeypatch.setattr(gan, "frechet_distance", lambda a, b: next(distances))
-    monkeypatch.setattr(gan, "judge_images", lambda judge, x, real: judged.append(x) or {})
-    metrics = gan.main([*FAST, "--out-dir", "best"])
+    monkeypatch.setattr(gan, "judge_images", lambda judge, x, *real: judged.append(x) or {
+        "frechet": 0.0, "precision": 0.0, "recall": 0.0})
+    metrics = gan.main([*FAST, *SMALL, "--out-dir", "best"])
     assert metrics["best_epoch"] == 2
-    x = gan.sample(gan.load_run("best"), gan.noise(300, 32, 3))
+    netG, state = gan.load_run("best"), load("best/best.pt")["things"]["model"]
+    assert not same(dict(netG.state_dict()), dict(state))  # that is the last one
+    best = common.load_checkpoint(Path("best/best.pt"), {})["best"]
+    assert same(dict(netG.state_dict()), dict(best["model"]))
+    x = gan.sample(netG, gan.noise(60, 32, 3))
     assert any(torch.equal(x, other) for other in judged)
 
 
-def test_same_seed_same_numbers_and_resume(fast_run, no_figures, monkeypatch, fails):
-    """A draw without a seed; a resumed run without an optimiser, the EMA or its draws."""
-    metrics, folder = fast_run
-    train_epoch, calls = gan.train_epoch, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return train_epoch(*args)
-    monkeypatch.setattr(gan, "train_epoch", interrupted)
-    fails(130, gan.main, [*FAST, "--out-dir", "again"])
-    resumed = gan.main(["--resume", "again"])
-    assert history("again") == history(folder)
-    assert {**numbers(resumed), "folder": ""} == {**numbers(metrics), "folder": ""}
-    parts = [common.load_checkpoint(Path(f) / "checkpoint.pt", "gan")["parts"]
-             for f in ("again", folder)]
-    assert parts[0].keys() == {"model", "netG", "netD", "g_optimizer", "d_optimizer",
-                               "g_schedule", "d_schedule", "album"}
-    for net in ("model", "netG", "netD", "album"):
-        pairs = zip(parts[0][net].values(), parts[1][net].values(), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-    assert parts[0]["album"]["x"].flatten(1).std(1).min() > 0  # no epoch is left blank
-    other = gan.main([*FAST, "--out-dir", "other", "--seed", "1"])
-    assert other["frechet"] != metrics["frechet"]
+def test_interrupted_and_resumed_equals_uninterrupted(no_figures, interrupt, monkeypatch):
+    """A resumed run without an optimiser, the average or its warm-up, or with other draws."""
+    decays, update_average = [], gan.update_average
+    monkeypatch.setattr(gan, "update_average", lambda ema, netG, decay: decays.append(
+        decay) or update_average(ema, netG, decay))
+    command = [*FAST, *SMALL, "--augment", "flip", "--out-dir"]
+    whole = gan.main([*command, "whole"])
+    assert decays == [(1 + t) / (10 + t) for t in range(6)]  # 3 epochs of 2 steps
+    decays.clear()
+    interrupt(3, [*command, "part"])
+    assert len(decays) == 4 and not Path("part/metrics.json").exists()
+    resumed = gan.main(["--resume", "part", "--device", "cpu"])
+    assert decays == [(1 + t) / (10 + t) for t in range(6)]
+    assert history("part") == history("whole") and numbers(resumed) == numbers(whole)
+    assert same(load("part/best.pt"), load("whole/best.pt"))
+    assert same(load("part/model.pt"), load("whole/model.pt"))
+    assert load("part/best.pt")["things"].keys() == {
+        "model", "netG", "netD", "g_optimizer", "d_optimizer", "g_schedule", "d_schedule"}
+    other = gan.main([*command, "other", "--seed", "1"])
+    assert other["frechet"] != whole["frechet"]
 
 
-def test_training_never_sees_the_test_set(fast_run, no_figures, monkeypatch):
-    """Selection or curves that depend on test images."""
-    load = common.load_data
-    monkeypatch.setattr(common, "load_data", lambda args: load(args)._replace(
+def test_same_seed_same_numbers_without_the_test_set(fast_run, no_figures, monkeypatch, fewer):
+    """A draw without a seed; selection or curves that depend on test images."""
+    monkeypatch.setattr(common, "load_data", lambda args: fewer._replace(
         x_test=torch.zeros(10, 1, 28, 28)))
     gan.main([*FAST, "--out-dir", "blind"])
     assert history("blind") == history(fast_run[1])
 
 
-def test_ablate(fast_run, monkeypatch, fails):
-    """Variants that differ in more than their ingredient, or in nothing."""
-    variants = {k: gan.VARIANTS["best"][k] for k in ("ours", "no EMA", "noise 8")}
+def test_ablate(interrupt, no_figures, monkeypatch):
+    """Variants that differ in more than their ingredient, or in nothing; one lost on resume."""
+    small = {"filters": [8, 8, 8], "d_filters": [4, 4]}
+    variants = {k: small | gan.VARIANTS["best"][k] for k in ("ours", "no EMA", "noise 8")}
     monkeypatch.setattr(gan, "VARIANTS", {"best": variants})
-    train_epoch, calls = gan.train_epoch, []
+    command = [*FAST, "--ablate", "--epochs", "2", "--out-dir"]
+    whole = gan.main([*command, "whole"])
+    rows = history("whole")
+    assert len(rows) == 3 * 2 * 2  # variants, seeds, epochs
+    ours, no_ema, noise = rows[:4], rows[4:8], rows[8:]
+    assert [r["d_loss"] for r in no_ema] == [r["d_loss"] for r in ours]  # training the same,
+    assert no_ema[1]["val_frechet"] != ours[1]["val_frechet"]  # but the samples are not
+    assert noise[0]["d_loss"] != ours[0]["d_loss"] != ours[2]["d_loss"]
+    result = whole["ablation"]["no EMA"]
+    assert result["each"] == [no_ema[1]["val_frechet"], no_ema[3]["val_frechet"]]
+    assert result["val_frechet"] == pytest.approx(sum(result["each"]) / 2)
 
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 5:  # in the second variant
-            raise KeyboardInterrupt
-        return train_epoch(*args)
-    monkeypatch.setattr(gan, "train_epoch", interrupted)
-    fails(130, gan.main, [*FAST, "--ablate", "--out-dir", "ablate"])
-    metrics = gan.main(["--resume", "ablate"])
-    rows = history("ablate")
-    assert rows[:3] == history(fast_run[1])  # the first is the plain run
-    assert [r["d_loss"] for r in rows[3:6]] == [r["d_loss"] for r in rows[:3]]  # training the same,
-    assert rows[5]["val_frechet"] != rows[2]["val_frechet"]  # but the samples are not
-    assert rows[6]["d_loss"] != rows[0]["d_loss"]
-    assert metrics["ablation"]["no EMA"]["val_frechet"] == rows[5]["val_frechet"]
-    assert os.path.exists("ablate/ablation.png")
+    gan.main([*FAST, *SMALL, "--epochs", "2", "--out-dir", "plain"])  # the first is the plain run
+    assert [{**r, "part": ""} for r in ours[:2]] == [{**r, "part": ""} for r in history("plain")]
+
+    interrupt(6, [*command, "part"])  # in the second variant's first seed
+    resumed = gan.main(["--resume", "part", "--device", "cpu"])
+    assert history("part") == rows and numbers(resumed) == numbers(whole)
+    parts = sorted(file.name for file in Path("whole").glob("*.pt"))
+    assert len(parts) == 6 and all(same(load(f"part/{p}"), load(f"whole/{p}")) for p in parts)
 
 
-def test_compare(fast_run, monkeypatch, fails, capsys):
-    """One generator's run in the place of another's, or a missing run that is skipped."""
-    for module, out in ((ae, "ae"), (vae, "vae")):
-        for name in dir(module):
-            if name.startswith("draw_"):
-                monkeypatch.setattr(module, name, lambda *args, **more: {})
-        module.main([*FAST, "--out-dir", out])
-    named = ["--ae", "ae", "--vae", "vae", "--gan", str(fast_run[1])]
-    message = fails(2, gan.main, [*FAST, "--compare", *named])
-    assert "python gan.py --recipe report" in message
-    message = fails(2, gan.main, [*FAST, "--compare", *named, "--gan-report", str(fast_run[1])])
-    assert "not a finished training" in message and "recipe report" in message
+def quick_main(script, calls):
+    """A main that makes a finished run of an untrained network, and notes what it was asked for."""
+    def main(argv):
+        args = script.parse_args(argv)
+        calls.append((script.__name__, args))
+        run = common.Run(args, common.load_data(args))
+        common.seed_everything(args.seed)
+        net = script.build(args)
+        return run.finish({}, [], net[0] if script is gan else net)
+    return main
 
-    monkeypatch.setattr(gan, "draw_curves", lambda *args: None)
-    monkeypatch.setattr(gan, "draw_samples", lambda *args: None)
-    gan.main([*FAST, "--recipe", "report", "--epochs", "1", "--out-dir", "report"])
-    capsys.readouterr()
-    result = gan.main([*FAST, "--compare", *named, "--gan-report", "report", "--out-dir", "board"])
+
+def test_compare(two_classes, monkeypatch, capsys):
+    """One generator's run in the place of another's; what is missing is skipped, or made anew."""
+    calls, compare = [], gan.main
+    for script in (ae, vae, gan):
+        monkeypatch.setattr(script, "main", quick_main(script, calls))
+    result = compare([*FAST, "--compare", "--seed", "3", "--out-dir", "board"])
+    assert [name for name, _ in calls] == ["ae", "vae", "gan", "gan"]
+    assert [args.recipe for _, args in calls[2:]] == ["best", "report"]
+    assert all((args.data, args.seed, args.fast, args.device) == ("digits", 3, True, "cpu")
+               for _, args in calls)
     rows = result["generators"]
     assert len(rows) == 9 and os.path.exists("board/generators.png")
     assert all(row["frechet_std"] > 0 for row in rows.values())
     for name in ("AE, Gaussian", "VAE, 50 Gaussians"):  # not one set of codes, three times
-        assert rows[name]["frechet_std"] > 1e-4 * rows[name]["frechet"]
+        assert rows[name]["frechet_std"] > 1e-8 * rows[name]["frechet"]
     assert len({row["frechet"] for row in rows.values()}) == 9
     assert min(rows, key=lambda name: rows[name]["frechet"]) == "training images"
+    assert all(len(row["two_sample"]) == len(row["class_coverage"]) == 2 for row in rows.values())
     assert "GAN, ours" in capsys.readouterr().out
 
+    # again: the same folders, and nothing is trained; but a run that is named goes before
+    calls.clear()
+    monkeypatch.setattr(common, "draw_rows", lambda *args: None)
+    named = result["runs"]["gan-report"]
+    again = compare([*FAST, "--compare", "--seed", "3", "--gan", named])
+    assert calls == [] and again["runs"] == {**result["runs"], "gan": named}
+    assert again["generators"] == {**rows, "GAN, ours": rows["GAN, report"]}
 
-def test_load_run_of_a_sweep(tmp_path):
-    """The VAE of another beta than the one that the run's figures and metrics show."""
-    models = [vae.VAE(latent_dim=2) for _ in range(3)]
-    flags = {**vars(vae.parse_args(["--latent-dim", "2", "--beta", "4"])), "sweep": [1.0, 4.0, 9.0]}
-    torch.save({"config": {"script": "vae", "flags": flags}, "fold": 2, "epoch": 1, "history": [],
-                "parts": {}, "best": {i: {"model": m.state_dict()} for i, m in enumerate(models)}},
-               tmp_path / "checkpoint.pt")
-    assert torch.equal(vae.load_run(tmp_path).encoder.mu.weight,
-                       models[1].encoder.mu.weight)
+
+def test_what_generators_draw_from(two_classes, monkeypatch):
+    """A generator of another run, reconstructions of test images, codes that are not decoded."""
+    monkeypatch.setattr(gan.GaussianMixture, "fit", lambda self, codes: self)
+    for script, flags in ((ae, []), (vae, []), (gan, []), (gan, ["--recipe", "report"])):
+        quick_main(script, [])([*FAST, *flags, "--out-dir", f"{script.__name__}{len(flags)}"])
+    args = gan.parse_args([*FAST, "--compare"])
+    draws = gan.samplers({"ae": "ae0", "vae": "vae0", "gan": "gan0", "gan-report": "gan2"}, args,
+                         two_classes)
+    netV, z = vae.load_run("vae0"), gan.noise(60, 18, 11)
+    assert torch.equal(draws["VAE, prior"](11), vae.decode(netV, z))
+    for name, folder in (("GAN, ours", "gan0"), ("GAN, report", "gan2")):
+        z = gan.noise(60, 32, 11)
+        assert torch.equal(draws[name](11), gan.sample(gan.load_run(folder), z))
+    x = draws["training images"](11)
+    assert torch.equal(draws["AE, reconstructions"](11), ae.reconstruct(ae.load_run("ae0"), x))
+    assert torch.equal(draws["VAE, reconstructions"](11), vae.reconstruct(netV, x))
+    assert torch.equal(gan.nearest(x, two_classes.x_train)[0], x)
+    assert not torch.equal(x, draws["training images"](12))
+
+
+def test_a_wrong_name_is_said_before_anything_is_trained(monkeypatch, fails):
+    """An hour of training, and then: there is no such run."""
+    def main(argv):
+        raise AssertionError("it trains")
+    compare = gan.main
+    for script in (ae, vae, gan):
+        monkeypatch.setattr(script, "main", main)
+    for flag in ("--ae", "--vae", "--gan", "--gan-report"):
+        assert "nowhere" in fails(2, compare, [*FAST, "--compare", flag, "nowhere"])
+
+
+def test_two_classes(two_classes):
+    """A ten that is written somewhere, in a figure or a metric."""
+    metrics = gan.main([*FAST, "--epochs", "1", "--out-dir", "two"])
+    assert len(metrics["class_coverage"]) == 2
+    assert len(list(Path("two").glob("*.png"))) == 5
+
+
+@pytest.mark.skipif(GPU == "cpu", reason="this machine has no GPU")
+def test_gpu(monkeypatch):
+    """A tensor that stays on the CPU."""
+    monkeypatch.setattr(common, "load_data", LOAD)
+    monkeypatch.setattr(finetune, "load_judge", JUDGE)  # it is trained there too
+    metrics = gan.main(["--fast", "--data", "digits", "--device", GPU])
+    assert metrics["device"] == GPU and math.isfinite(metrics["frechet"])
 
 
 def test_recipes_and_explicit_flags():
@@ -414,6 +566,7 @@ def test_recipes_and_explicit_flags():
     assert (args.noise_dim, args.lr, args.beta1, args.epochs) == (32, 2e-4, 0.5, 100)
     assert (args.init_std, args.batchnorm, args.spectral_norm, args.ema) == (0.02, False, False, 0)
     assert gan.parse_args(["--recipe", "report", "--lr", "0.5"]).lr == 0.5
+    assert gan.parse_args(["--ablate", "--recipe", "report"]).epochs == 3
     for recipe, variants in gan.VARIANTS.items():
         flags = vars(gan.parse_args(["--recipe", recipe]))
         for change in list(variants.values())[1:]:
@@ -422,8 +575,8 @@ def test_recipes_and_explicit_flags():
 
 @pytest.mark.parametrize("flags", [
     "--noise-dim 0", "--beta1 1", "--ema 1", "--ema nan", "--init-std -1", "--filters 8 8",
-    "--folds 2", "--ablate --compare", "--resume nowhere", "--compare", "--gan=", "--noise 3",
-    "--gan somewhere"])
+    "--folds 2", "--ablate --compare", "--resume nowhere", "--gan=", "--noise 3",
+    "--gan somewhere", "--ablate --ema 0.5", "--compare --epochs 5"])
 def test_bad_flags_end_in_one_line(flags, fails):
     """A traceback, or a wrong value that trains first."""
     message = fails(2, gan.main, [*FAST, *flags.split()])
@@ -434,8 +587,8 @@ def test_bad_flags_end_in_one_line(flags, fails):
 def test_resume_refuses_other_flags(fast_run, fails):
     """A run resumed with another recipe is not the run that it says it is."""
     message = fails(2, gan.main, ["--resume", str(fast_run[1]), "--ema", "0.5"])
-    assert "--ema is 0.9 in" in message
-    assert "saved by gan.py" in fails(2, vae.main, ["--resume", str(fast_run[1])])
+    assert "--ema is 0.999 in" in message
+    assert "is a run of gan.py" in fails(2, vae.main, ["--resume", str(fast_run[1])])
 
 
 def test_readme_commands_parse():

@@ -1,8 +1,11 @@
 """vae.py: each test names the bug that it would catch."""
 
+import contextlib
+import io
 import json
 import math
 import os
+from pathlib import Path
 
 import ae
 import common
@@ -10,30 +13,33 @@ import pytest
 import torch
 import vae
 from conftest import history, numbers, readme_commands
+from test_ae import equal, few, weights  # noqa: F401
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
-FAST = ["--fast", "--data", "digits"]
+CPU = ["--device", "cpu"]
+FAST = ["--fast", "--data", "digits", *CPU]
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return common.load_data(vae.parse_args(["--data", "digits"]))
+    return common.load_data(vae.parse_args(["--data", "digits", *CPU]))
 
 
 @pytest.fixture(scope="module")
 def fast_run(tmp_path_factory):
-    """(metrics, folder) of one --fast run."""
+    """(metrics, folder, what is printed) of one --fast run."""
     folder = tmp_path_factory.mktemp("fast")
-    return vae.main([*FAST, "--out-dir", str(folder)]), folder
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        metrics = vae.main([*FAST, "--out-dir", str(folder)])
+    return metrics, folder, printed.getvalue()
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
     """Skip what only draws."""
     for module, name in [(m, n) for m in (vae, common) for n in dir(m) if n.startswith("draw_")]:
-        monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(ae, "draw_reconstructions", lambda *args: None)
-    monkeypatch.setattr(ae, "draw_latent", lambda *args, **kwargs: {})
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: {})
+    monkeypatch.setattr(common, "plot_curves", lambda *args: None)
 
 
 @pytest.fixture
@@ -122,6 +128,17 @@ def test_reparameterize_draws_from_q():
     assert torch.equal(z, vae.reparameterize(*args, torch.Generator().manual_seed(0)))
 
 
+def test_flags_reach_the_model():
+    """A flag that is parsed and then not used, or used for another argument."""
+    args = vae.parse_args(["--latent-dim", "3", "--hidden", "5", "--filters", "2", "4",
+                           "--decoder-filters", "6", "7", "--sigma", "0.25", *CPU])
+    model = vae.build(args)
+    assert [tuple(p.shape) for p in model.parameters() if p.dim() > 1] == [
+        (2, 1, 3, 3), (4, 2, 3, 3), (5, 100), (3, 5), (3, 5), (5, 3), (294, 5), (6, 7, 4, 4),
+        (7, 1, 4, 4)]
+    assert model.log_sigma.exp().item() == pytest.approx(0.25)
+
+
 def test_encode_returns_mu_and_repeats(digits):
     """Embeddings sampled in evaluation; an order that is lost."""
     model, x = vae.VAE(latent_dim=3), digits.x_test[:50]
@@ -133,7 +150,7 @@ def test_encode_returns_mu_and_repeats(digits):
 
 def test_sigma(digits):
     """A variance that is fitted on the evaluated data, or fixed where it should be learned."""
-    args = vae.parse_args(["--epochs", "1", "--batch-size", "32"])
+    args = vae.parse_args(["--epochs", "1", "--batch-size", "32", *CPU])
     for sigma, moves in ((None, True), (0.5, False)):
         model = vae.VAE(latent_dim=3, sigma=sigma)
         before = model.log_sigma.item()
@@ -141,7 +158,7 @@ def test_sigma(digits):
         assert model.log_sigma.item() == before
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-        vae.train_epoch(model, digits.x_train[:64], optimizer, schedule, 1.0, args,
+        vae.train_epoch(model, digits.x_train[:64], optimizer, schedule, args,
                         torch.Generator().manual_seed(0))
         assert (model.log_sigma.item() != before) == moves
 
@@ -186,17 +203,48 @@ def test_evaluation_weighs_images_not_batches(digits):
     assert result == vae.evaluate(model, x, 1.0)
 
 
-def test_total_correlation():
-    """Independent latents: 0; two that are one up to noise: the known value of a Gaussian."""
-    common.seed_everything(0)
-    a, noise = torch.randn(2, 50_000)
-    model = vae.VAE(latent_dim=2)
-    for second, expected in ((noise, 0.0), (0.8 * a + 0.6 * noise, -0.5 * math.log(1 - 0.64))):
-        mu = torch.stack([a, second], 1)
-        model.encoder.forward = lambda x, mu=mu: (mu[:len(x)], torch.full((len(x), 2), -99.0))
-        x = torch.zeros(1000, 1, 28, 28)
-        assert vae.evaluate(model, x, 1.0)["total_correlation"] == pytest.approx(expected, abs=0.05)
-        assert vae.evaluate(model, x, 1.0)["active_units"] == 2
+class Given(torch.nn.Module):
+    """A VAE whose codes are told: an image's first row is mu, its second logvar."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.log_sigma = torch.tensor(0.0)
+        self.encoder = lambda x: (x[:, 0, 0, :dims], x[:, 0, 1, :dims])
+        self.decoder = lambda z: torch.zeros(len(z), 1, 28, 28)
+
+
+def given(mu, logvar):
+    """What evaluate says of these codes, each (N, D)."""
+    x = torch.zeros(len(mu), 1, 28, 28)
+    x[:, 0, 0, :mu.shape[1]], x[:, 0, 1, :mu.shape[1]] = mu, logvar
+    return vae.evaluate(Given(mu.shape[1]), x, 1.0)
+
+
+def white(n, dims):
+    """(n, dims) numbers of mean 0 and covariance 1, exactly."""
+    a = torch.randn(n, dims, generator=torch.Generator().manual_seed(0)).double()
+    return (torch.linalg.qr(a - a.mean(0)).Q * math.sqrt(n - 1)).float()
+
+
+@pytest.mark.parametrize("variances", [(1e-9, 1e-9), (0.5, 2.0)])
+@pytest.mark.parametrize("share", [0.0, 0.8])
+def test_total_correlation(share, variances):
+    """A total correlation of mu instead of z, whose noise hides what two latents share; a log
+    variance averaged instead of a variance; independent latents that do not give 0."""
+    a, noise = white(1000, 2).T
+    mu = torch.stack([a, share * a + math.sqrt(1 - share ** 2) * noise], 1)  # (N, 2)
+    factors = torch.tensor([0.4, 1.6]).repeat(500)[:, None]  # the noise differs between the images
+    logvar = (torch.tensor(variances) * factors).log()
+    rho = share / math.sqrt((1 + variances[0]) * (1 + variances[1]))  # of z, by its definition
+    assert given(mu, logvar)["total_correlation"] == pytest.approx(
+        -0.5 * math.log(1 - rho ** 2), abs=1e-4)
+
+
+def test_active_units():
+    """A threshold other than the 0.01 of Burda et al., or a standard deviation held against it;
+    the noise of a posterior, or a mean other than 0, taken for activity."""
+    mu = white(1000, 4) * torch.tensor([1.0, 0.011, 0.009, 0.0]).sqrt() + 5
+    assert given(mu, torch.zeros(1000, 4))["active_units"] == 2
 
 
 def test_traverse_moves_one_dimension():
@@ -211,7 +259,7 @@ def test_traverse_moves_one_dimension():
 
 def test_fast_run(fast_run):
     """A metric or a figure that is missing."""
-    metrics, folder = fast_run
+    metrics, folder, _ = fast_run
     assert {"test_mse", "test_kl", "test_elbo", "active_units", "kl_per_dim", "sigma", "beta",
             "latent_dim", "parameters", "pca_mse", "epochs", "seconds_per_epoch", "data",
             "device"} <= metrics.keys()
@@ -223,56 +271,116 @@ def test_fast_run(fast_run):
     assert (folder / "kl_per_dim.png").exists() and (folder / "samples.png").exists()
 
 
-def test_latent_2_draws_the_plane():
+def test_what_is_printed(fast_run):
+    """Rows that break in a terminal of 100 columns; an end that does not say what came out."""
+    metrics, folder, printed = fast_run
+    lines = printed.splitlines()
+    rows = [line for line in lines if line.startswith(("part ", "fold "))]
+    assert len(rows) == 4 and max(map(len, rows)) <= 100 and len({*map(len, rows)}) == 1
+    assert lines[-1] == str(folder)
+    ends = [next(line for line in lines if line.startswith(what))
+            for what in ("VAE, fold 1", "PCA, 18 components", "the report")]
+    assert [line[28:36].strip() for line in ends] == [  # one below the other
+        f"{metrics['test_mse']:.4f}", f"{metrics['pca_mse']:.4f}", "0.014"]
+
+
+def test_latent_2_draws_the_plane(few, monkeypatch):  # noqa: F811
     """The decoded grid that only two dimensions have; also traversals of a named class."""
-    vae.main([*FAST, "--latent-dim", "2", "--start-class", "3", "--dims", "1", "0",
-              "--out-dir", "two"])
+    for name in ("draw_latent", "draw_reconstructions", "plot_curves"):
+        monkeypatch.setattr(common, name, lambda *args, **kwargs: {})
+    traversed, traverse = [], vae.traverse
+    monkeypatch.setattr(vae, "traverse", lambda z, dim, values: (
+        traversed.append((z, dim)) or traverse(z, dim, values)))
+    args = [*FAST, "--latent-dim", "2", "--start-class", "3", "--dims", "1", "0", "--epochs", "1"]
+    vae.main([*args, "--out-dir", "two"])
     assert os.path.exists("two/latent_plane.png")
+    data = common.load_data(vae.parse_args(args))
+    start = vae.encode(vae.load_run("two"), data.x_test[data.y_test == 3][:1])[0]
+    assert [dim for _, dim in traversed[:2]] == [1, 0]
+    assert all(torch.allclose(z, start, atol=1e-5) for z, _ in traversed[:2])
 
 
-def test_same_seed_same_numbers_and_resume(fast_run, no_figures, monkeypatch, fails):
-    """Any draw that the seed does not set; an interrupted run that goes on differently."""
-    metrics, folder = fast_run
+def test_training_never_sees_the_test_set(fast_run, no_figures, monkeypatch):
+    """Selection, curves or statistics that depend on test images: white ones, from which training
+    leads away, so whoever chose by them would take the first epoch."""
+    load = common.load_data
+    monkeypatch.setattr(common, "load_data", lambda args: load(args)._replace(
+        x_test=torch.ones(10, 1, 28, 28)))
+    vae.main([*FAST, "--out-dir", "blind"])
+    assert history("blind") == history(fast_run[1])
+    assert equal(weights("blind"), weights(fast_run[1]))
+
+
+def test_the_best_epoch_is_what_is_tested(few, no_figures, monkeypatch):  # noqa: F811
+    """The last epoch's weights in the metrics or in model.pt, though another was better."""
+    after, end_epoch = [], common.Run.end_epoch
+
+    def second_is_best(run, score, **row):
+        after.append([v.clone() for v in run.things["model"].state_dict().values()])
+        end_epoch(run, score=[2.0, 1.0, 3.0][len(run.rows)], **row)
+    monkeypatch.setattr(common.Run, "end_epoch", second_is_best)
+    metrics = vae.main([*FAST, "--out-dir", "a"])
+    assert equal({"model.pt": weights("a")["model.pt"]}, {"model.pt": after[1]})
+    data = common.load_data(vae.parse_args(FAST))
+    assert vae.evaluate(vae.load_run("a"), data.x_test, 1.0)["elbo"] == metrics["test_elbo"]
+
+
+@pytest.mark.parametrize("flags", [["--folds", "2"], ["--sweep", "4", "0.25"]])
+def test_interrupted_and_resumed_equals_uninterrupted(
+        flags, few, no_figures, monkeypatch, fails):  # noqa: F811
+    """Resuming repeats batches or noise, forgets the schedule, repeats or skips a training."""
     train_epoch, calls = vae.train_epoch, []
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 5:  # the second epoch of the second training
             raise KeyboardInterrupt
         return train_epoch(*args)
     monkeypatch.setattr(vae, "train_epoch", interrupted)
-    fails(130, vae.main, [*FAST, "--out-dir", "again"])
-    resumed = vae.main(["--resume", "again"])
-    assert history("again") == history(folder)
-    assert {**numbers(resumed), "knn_accuracy": 0} == {**numbers(metrics), "knn_accuracy": 0}
+    flags = [*FAST, *flags, "--batch-size", "16", "--lr", "0.01", "--out-dir"]
+    fails(130, common.start, lambda: vae.main([*flags, "half"]))
+    assert len(history("half")) == 4
+    resumed = vae.main(["--resume", "half", *CPU])
+    assert len(calls) == 7  # 4 epochs, the interrupted one, and that one and the last again
+    whole = vae.main([*flags, "whole"])
+    assert numbers(resumed) == numbers(whole) and history("half") == history("whole")
+    assert equal(weights("half"), weights("whole")) and len(weights("whole")) == 3
 
 
-def test_sweep():
-    """More beta, less KL after the same steps; trainings that differ in more than beta."""
-    metrics = vae.main([*FAST, "--sweep", "4", "0.25", "--beta", "4", "--out-dir", "sweep"])
-    high, low = metrics["sweep"]
-    assert low["test_kl"] > 1.5 * high["test_kl"] and low["test_mse"] < high["test_mse"]
+def test_sweep(few, no_figures):  # noqa: F811
+    """Trainings that differ in more than beta, more beta that does not mean less KL, another beta
+    than --beta shown, or two betas of one name: the second would take the weights of the first."""
+    flags = [*FAST, "--epochs", "4", "--lr", "0.01", "--batch-size", "8", "--out-dir"]
+    metrics = vae.main([*flags, "sweep", "--sweep", "1e6", "1e-6", "0.25", "4", "--beta", "4"])
+    highest, lowest, low, high = metrics["sweep"]
+    assert highest["test_kl"] < high["test_kl"] < low["test_kl"] < lowest["test_kl"]
     assert metrics["beta"] == 4 and metrics["test_kl"] == high["test_kl"]
-    assert os.path.exists("sweep/sweep.png")
-    alone = vae.main([*FAST, "--beta", "0.25", "--out-dir", "alone"])
+    data = common.load_data(vae.parse_args(FAST))
+    assert vae.evaluate(vae.load_run("sweep"), data.x_test, 4.0)["kl"] == high["test_kl"]
+    alone = vae.main([*flags, "alone", "--beta", "0.25"])
     assert alone["test_mse"] == low["test_mse"]
 
 
-def test_collapse_is_said(no_figures, capsys):
+def test_collapse_is_said(few, no_figures, capsys):  # noqa: F811
     """Posterior collapse goes unnoticed."""
-    metrics = vae.main([*FAST, "--beta", "10000", "--lr", "0.01", "--epochs", "6",
-                        "--out-dir", "collapsed"])
+    metrics = vae.main([*FAST, "--beta", "1e4", "--lr", "0.01", "--epochs", "12",
+                        "--batch-size", "16", "--out-dir", "collapsed"])
     assert metrics["active_units"] == 0
     assert "posterior collapse" in capsys.readouterr().err
     vae.main([*FAST, "--beta", "1", "--out-dir", "fine"])
     assert "collapse" not in capsys.readouterr().err
 
 
-def test_folds(no_figures):
-    """Folds that are not averaged."""
+def test_folds(few, no_figures, monkeypatch):  # noqa: F811
+    """Folds that are not averaged; folds, epochs or seeds that draw the same."""
+    drawn, train_epoch = [], vae.train_epoch
+    monkeypatch.setattr(vae, "train_epoch", lambda *args: (
+        drawn.append(args[-1].initial_seed()) or train_epoch(*args)))
     metrics = vae.main([*FAST, "--folds", "2", "--epochs", "2", "--out-dir", "folds"])
     assert metrics["folds"] == 2 and metrics["test_mse_std"] > 0
     assert metrics["test_mse"] == pytest.approx(sum(metrics["fold_test_mse"]) / 2)
+    vae.main([*FAST, "--seed", "1", "--epochs", "1", "--out-dir", "other"])
+    assert len({*drawn}) == len(drawn) == 5
 
 
 @pytest.mark.parametrize("flags", [
@@ -280,14 +388,45 @@ def test_folds(no_figures):
     "--sigma 0", "--sweep 1 x", "--sweep 1 4 --folds 2", "--resume nowhere", "--bet 4"])
 def test_bad_flags_end_in_one_line(flags, fails):
     """A traceback, or a wrong value that trains first."""
-    message = fails(2, vae.main, ["--data", "digits", *flags.split()])
+    message = fails(2, vae.main, ["--data", "digits", *CPU, *flags.split()])
     assert flags.split()[0] in message or "nowhere" in message
     assert os.listdir() == []
 
 
-def test_a_checkpoint_of_another_script_is_refused(fast_run, fails):
-    """ae.py going on with the weights of a VAE."""
-    assert "saved by vae.py" in fails(2, ae.main, ["--resume", str(fast_run[1])])
+def test_resume_refuses_other_flags(fast_run, fails):
+    """A run that goes on with another loss; a run of vae.py that ae.py goes on with."""
+    folder = str(fast_run[1])
+    assert "--beta is 1.0" in fails(2, vae.main, ["--resume", folder, "--beta", "4", *CPU])
+    args = vae.parse_args(["--resume", folder, "--dims", "3", "4", *CPU])  # only for figures
+    assert args.dims == [3, 4] and args.fast is True
+    assert "a run of vae.py" in fails(2, ae.main, ["--resume", folder, *CPU])
+
+
+def test_other_images(monkeypatch):
+    """Ten classes, or many images of each, taken for granted: here are two, and one of the test
+    images is the only one of its class, where the traversals start."""
+    common.seed_everything(0)
+    tiny = common.Data("tiny", ("bag", "hat"), torch.rand(60, 1, 28, 28), torch.arange(60) % 2,
+                       torch.rand(20, 1, 28, 28), torch.tensor([0] * 19 + [1]))
+    monkeypatch.setattr(common, "load_data", lambda args: tiny)
+    vae.main([*FAST, "--latent-dim", "2", "--sweep", "1", "4", "--epochs", "1",
+              "--out-dir", "tiny"])
+    drawn = {f.name for f in Path("tiny").glob("*.png")}
+    assert {"sweep.png", "samples.png", "latent_plane.png", "kl_per_dim.png"} <= drawn
+    assert sorted(int(name[3:5]) for name in drawn if name.startswith("fig")) == [*range(16, 24)]
+
+
+@pytest.mark.skipif(common.pick_device("auto") == "cpu", reason="this machine has no GPU")
+def test_on_a_gpu(no_figures):
+    """A tensor left on the CPU; draws that depend on the device; a run tied to where it began."""
+    gpu = common.pick_device("auto")
+    there = vae.main(["--fast", "--data", "digits", "--device", gpu, "--out-dir", "there"])
+    vae.main([*FAST, "--out-dir", "here"])
+    assert there["device"] == gpu
+    assert history("there")[0]["val_loss"] == pytest.approx(
+        history("here")[0]["val_loss"], rel=0.02)
+    again = vae.main(["--resume", "there", *CPU])
+    assert again["test_mse"] == pytest.approx(there["test_mse"], rel=1e-3)
 
 
 def test_readme_commands_parse():
@@ -295,4 +434,5 @@ def test_readme_commands_parse():
     commands = readme_commands("vae.py")
     assert len(commands) > 4
     for command in commands:
-        vae.parse_args(command)
+        if not {"--resume", "..."} & {*command}:  # the one takes a run, the other is cut short
+            vae.parse_args([*command, *CPU])

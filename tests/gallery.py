@@ -1,0 +1,137 @@
+"""Put finished runs into results/, and draw what the pages show beside their figures.
+
+    python tests/gallery.py RUNS
+
+RUNS is a folder of runs that are named like those in results/ (runs/ae, runs/vae-seed1, ...): made
+by `python ae.py --out-dir runs/ae` and so on. Of each, metrics.json, log.jsonl and the figures are
+copied. Figures of finetune.py are drawn again from the numbers in results/, and 31 and 34, which
+take ImageNet weights, from stand-in weights, which their titles say.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ae  # noqa: E402
+import common  # noqa: E402
+import finetune  # noqa: E402
+import gan  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+import vae  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from PIL import Image  # noqa: E402
+
+RESULTS = ROOT / "results"
+
+
+class Folder:
+    """Takes the place of a Run in the draw_... functions."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def save(self, fig, name, caption=""):
+        fig.savefig(self.folder / f"{name}.png", dpi=120)
+
+
+def copy_runs(runs):
+    """metrics.json, log.jsonl and figures of every finished run; figures in 256 colours."""
+    for folder in sorted(runs.glob("*/")):
+        if "-seed0-" in folder.name or not (folder / "metrics.json").exists():
+            continue  # a judge or an encoder; unfinished
+        target = RESULTS / folder.name
+        target.mkdir(exist_ok=True)
+        for file in [folder / "metrics.json", folder / "log.jsonl"]:
+            if file.exists():
+                shutil.copy(file, target)
+        if "-seed" not in folder.name:  # pictures of one seed are enough
+            for file in folder.glob("*.png"):
+                Image.open(file).convert("RGB").quantize(256).save(target / file.name,
+                                                                   optimize=True)
+
+
+def draw_finetune(data):
+    """Figures 30, 32, 33, 35, 36 and per_class, from the numbers of results/finetune."""
+    folder = RESULTS / "finetune"
+    models = json.loads((folder / "metrics.json").read_text())["models"]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for name, m in models.items():
+        curves, confusion = finetune.FIGURES[name]
+        rows = [r for r in log if m["title"] in (r.get("part"), r.get("model"))]
+        common.plot_curves(Folder(folder), curves, rows, {
+            "accuracy": ("seen_accuracy", "val_accuracy"),
+            "cross entropy, nats": ("seen_loss", "val_loss")}, f"FashionMNIST: {m['title']}", "")
+        finetune.draw_confusion(Folder(folder), confusion, np.array(m["confusion"]), data.classes,
+                                f"FashionMNIST, {m['title']}")
+    finetune.draw_per_class(Folder(folder), models, data)
+
+
+def draw_stand_ins():
+    """Figures 31 and 34 as they would look, from weights that are none of ImageNet's."""
+    settings = finetune.settings
+
+    def titled(*args):
+        t = settings(*args)
+        t.title = "resnet18 with STAND-IN weights, a smoke test"
+        return t
+    finetune.settings = titled
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(torchvision.models.resnet18().state_dict(), f"{folder}/weights.pth")
+        finetune.main(["--fast", "--data", "digits", "--model", "resnet18", "--weights",
+                       f"{folder}/weights.pth", "--out-dir", f"{folder}/run"])
+        for name in finetune.FIGURES["resnet18"]:
+            shutil.copy(f"{folder}/run/{name}.png", RESULTS / "finetune")
+
+
+def draw_strip(runs, data):
+    """The picture on top of the README: test images, four models, and a map of the test set."""
+    first = [(data.y_test == c).nonzero()[i].item() for i in range(2) for c in range(10)][:12]
+    x = data.x_test[first]
+    net_ae, net_vae, net_g = (script.load_run(runs / name) for script, name in (
+        (ae, "ae"), (vae, "vae"), (gan, "gan")))
+    z = gan.noise(36, net_g.linear[0].in_features, 1)
+    rows = {"test images": x, "PCA, 18 numbers": common.pca_reconstruct(data.x_train, x, 18),
+            "VAE, 18 numbers": vae.reconstruct(net_vae, x),
+            "autoencoder, 38": ae.reconstruct(net_ae, x), "invented by the GAN":
+            gan.sample(net_g, z)[:24]}
+    fig = Figure(figsize=(13, 4.2), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=[2, 1.05])
+    axes = left.subplots(len(rows), height_ratios=[1, 1, 1, 1, 2])
+    for ax, (label, images) in zip(axes, rows.items(), strict=True):
+        common.show_images(ax, images, 12)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
+    ax = right.subplots()
+    encoder = next(runs.glob("vae2-fashion-seed0-*"))
+    mu = vae.encode(vae.load_run(encoder), data.x_test)[0].numpy()
+    y = data.y_test.numpy()
+    common.scatter(ax, mu, y, data.classes)
+    for c, name in enumerate(data.classes):
+        ax.text(*np.median(mu[y == c], axis=0), name, ha="center", fontsize=9, weight="bold",
+                bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "linewidth": 0})
+    ax.set(xticks=[], yticks=[], xlim=(-4, 4), ylim=(-4, 4))
+    ax.set_title("10,000 test images in two numbers (VAE)", fontsize=11)
+    fig.savefig(RESULTS / "strip.png", dpi=100)
+
+
+def main():
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        common.fail("usage: python tests/gallery.py RUNS, a folder of finished runs")
+    runs = Path(sys.argv[1]).resolve()
+    os.chdir(runs.parent)  # where data/ lies
+    data = common.load_data(ae.parse_args(["--data", "fashion", "--device", "cpu"]))
+    copy_runs(runs)
+    draw_finetune(data)
+    draw_stand_ins()
+    draw_strip(runs, data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The four changes of the README, made on a copy: each must train, and none may break silently."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+CHANGES = {
+    "third block": ("vae.py", {
+        "        flat = f2 * 5 * 5\n":
+        "        self.block3 = nn.Sequential(nn.Conv2d(f2, 64, 3), nn.ReLU(), nn.BatchNorm2d(64))\n"
+        "        flat = 64 * 3 * 3\n",
+        "        x = self.block2(x).flatten(1)   # (B, f2 * 25): 5x5 pixels in each map\n":
+        "        x = self.block2(x)\n        x = self.block3(x).flatten(1)\n"}),
+    "Bernoulli": ("vae.py", {
+        "    squared_error = (recon_x - x)":
+        '    return F.binary_cross_entropy(recon_x, x, reduction="none").flatten(1).sum(1)\n'
+        "    squared_error = (recon_x - x)"}),
+    "own images": ("common.py", {
+        '    if args.data != "digits":\n        try:':
+        "    x, y = torch.rand(90, 1, 28, 28), torch.arange(90) % 2\n"
+        "    x_train, y_train, x_test, y_test = x[:60], y[:60], x[60:], y[60:]\n"
+        '    return Data("mine", ("cat", "dog"), x_train, y_train, x_test, y_test)\n'
+        '    if args.data != "digits":\n        try:'}),
+    "one more number": ("vae.py", {
+        "            val_kl=unseen[": "            sigma=model.log_sigma.exp().item(),\n"
+                                  "            val_kl=unseen[",
+        '        "MSE per pixel at z = mu": (': '        "standard deviation of a pixel": '
+        '("sigma",),\n        "MSE per pixel at z = mu": ('}),
+}
+
+
+@pytest.mark.parametrize("names", [
+    ["third block"], ["own images"], ["Bernoulli", "one more number"]])
+def test_change(names, tmp_path):
+    """A change that the README promises and that does not train, or an old run that goes on."""
+    name = names[0]
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    quick = "" if name == "own images" else (  # drawing takes most of the time
+        "common.Run.save = lambda *args: None; common.draw_latent = lambda *args, **more: {}; ")
+    run = [sys.executable, "-c", f"import common, vae; {quick}common.start(vae.main)"]
+    fast = ["--fast", "--epochs", "1", "--device", "cpu", "--out-dir"]
+    if name == "third block":  # a run from before the change
+        subprocess.run([*run, *fast, "old"], cwd=tmp_path, check=True, capture_output=True)
+    for script, edits in map(CHANGES.get, names):
+        text = (tmp_path / script).read_text()
+        for old, new in edits.items():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (tmp_path / script).write_text(text)
+    subprocess.run([*run, *fast, "new"], cwd=tmp_path, check=True, capture_output=True)
+    if name == "third block":
+        again = subprocess.run([*run, "--resume", "old"], cwd=tmp_path, capture_output=True,
+                               text=True)
+        assert again.returncode == 2
+        assert "changed" in again.stderr and "another version" in again.stderr
+
+
+def test_the_readme_shows_these_lines():
+    """Lines in the README that are not the ones tested here."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for _, edits in CHANGES.values():
+        for old, new in edits.items():
+            for line in new.replace(old, "").splitlines():
+                if line.strip() and "torch.rand" not in line and "x[:60]" not in line:
+                    assert line.strip().partition("  #")[0] in readme

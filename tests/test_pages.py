@@ -1,0 +1,120 @@
+"""README.md and results/*.md against the runs in results/: each test names the bug it would catch.
+
+A number in a page is followed by a comment that does not show, with the run and the key it is from:
+
+    the MSE is .0112<!-- vae test_mse -->, 50.1 <!-- finetune models.cnn.test_accuracy x100 --> %
+    over three seeds .0112<!-- mean vae test_mse --> +- .0001<!-- std vae test_mse -->
+    **not seen** <!-- verdict ae knn_accuracy.z vae knn_accuracy.z -->
+
+mean and std are over the runs NAME, NAME-seed1, NAME-seed2, ...; xN multiplies. A verdict compares
+the two sides' seeds: "not seen" where mean +- standard deviation overlap, "confirmed" or
+"contradicted" where they part. `python tests/test_pages.py` writes the numbers of the runs into the
+pages, with as many digits as stand there.
+"""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+RUNS = {f.parent.name: json.loads(f.read_text()) for f in ROOT.glob("results/*/metrics.json")}
+NUMBER = re.compile(r"(?P<text>[-+]?[\d,]*\.?\d+)(?P<gap> ?)<!-- (?P<source>[^>]*?) -->")
+VERDICT = re.compile(r"\*\*(?P<word>[^*]*)\*\* ?<!-- verdict (?P<sides>[^>]*?) -->")
+
+
+def look_up(run, key):
+    """The value of a key like models.cnn.test_loss or generators.GAN, ours.recall in a run."""
+    value = RUNS[run]
+    while key:  # the longest name that fits: some have dots and blanks in them
+        names = map(str, range(len(value)) if isinstance(value, list) else value)
+        name = max((n for n in names if f"{key}.".startswith(f"{n}.")), key=len)
+        value, key = value[int(name) if isinstance(value, list) else name], key[len(name) + 1:]
+    return value
+
+
+def seeds(run):
+    """The names of a run with each of its seeds."""
+    return [name for name in RUNS if re.fullmatch(rf"{re.escape(run)}(-seed\d+)?", name)]
+
+
+def measured(source):
+    """The number that a comment in a page names."""
+    words = source.split()
+    scale = float(words.pop()[1:]) if re.fullmatch(r"x[\d.]+", words[-1]) else 1
+    if words[0] in ("mean", "std"):
+        how, run, key = words[0], words[1], " ".join(words[2:])
+        values = [look_up(name, key) for name in seeds(run)]
+        return scale * {"mean": mean, "std": stdev}[how](values)
+    run, key = words[0], " ".join(words[1:])
+    return scale * look_up(run, key)
+
+
+def written(value, text):
+    """value in the form of text: as many digits, thousands' commas, a sign, no leading zero."""
+    digits = len(text.partition(".")[2])
+    new = f"{value:{'+' if text.startswith('+') else ''}{',' if ',' in text else ''}.{digits}f}"
+    return re.sub(r"^([-+]?)0\.", r"\1.", new) if re.match(r"[-+]?\.", text) else new
+
+
+def statements():
+    """(page, text, source) of all numbers that name their run."""
+    return [(page.name, m["text"], m["source"]) for page in PAGES
+            for m in NUMBER.finditer(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "text", "source"), statements())
+def test_numbers(page, text, source):
+    """A number in a page that the run and key beside it did not give."""
+    assert text == written(measured(source), text)
+
+
+def test_there_are_numbers():
+    """Comments of another form, which the test above would not find."""
+    assert len(statements()) > 50
+    assert all(len(NUMBER.findall(page.read_text())) + len(VERDICT.findall(page.read_text()))
+               == page.read_text().count("<!-- ") for page in PAGES)
+
+
+@pytest.mark.parametrize(("page", "word", "sides"), [
+    (page.name, m["word"], m["sides"]) for page in PAGES
+    for m in VERDICT.finditer(page.read_text())])
+def test_verdicts(page, word, sides):
+    """A verdict that says more than its data: one seed, or spreads that overlap."""
+    run_a, key_a, run_b, key_b = sides.split()
+    a, b = ([look_up(name, key) for name in seeds(run)] for run, key in (
+        (run_a, key_a), (run_b, key_b)))
+    if min(len(a), len(b)) < 2:
+        assert "hint" in word.lower() or "cannot be told" in word.lower()
+        return
+    overlap = abs(mean(a) - mean(b)) <= stdev(a) + stdev(b)
+    assert ("not seen" in word.lower()) == overlap
+
+
+def test_everything_named_is_there():
+    """A picture or page that is not in the repository; a run that cannot be repeated."""
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#\s]+)\)|src=\"([^\"]+)\"", page.read_text())
+        for link in filter(None, (a or b for a, b in links)):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+    for metrics in RUNS.values():
+        assert metrics["fast"] is False and metrics["data"] == "fashion"
+        assert {"command", "versions", "machine", "seed"} <= metrics.keys()
+
+
+def fill():
+    """Write the numbers of the runs into the pages."""
+    for page in PAGES:
+        old = page.read_text()
+        new = NUMBER.sub(lambda m: f"{written(measured(m['source']), m['text'])}{m['gap']}"
+                                   f"<!-- {m['source']} -->", old)
+        if new != old:
+            page.write_text(new)
+            print(f"{page.name}: numbers changed")
+
+
+if __name__ == "__main__":
+    fill()
