@@ -11,8 +11,8 @@ Section 1 of the report: a convolutional autoencoder, its loss, its latent space
     python ae.py --fast                 smoke test in seconds
 
 FashionMNIST test images (results/ae*): MSE .0106 +- .0001 over 5 folds with 29,207 parameters;
-PCA with as many components has .0139, --recipe report .0138; --recipe first .0368, by its dropout.
-25 epochs take about 9 minutes on one core. Each run writes to a new folder in runs/.
+PCA with as many components has .0139, --recipe report .0138; --recipe first .0368, because of its
+dropout. 25 epochs take about 9 minutes on one core. Each run writes to a new folder in runs/.
 """
 
 import argparse
@@ -47,6 +47,7 @@ RECIPES = {
 }
 
 
+# flags that start many trainings, and what goes with them: see common.Mode
 MODES = {"tune": common.Mode(own=("storage", "price"), takes=("epochs",), defaults={"epochs": 5}),
          "ablate": common.Mode(takes=(
              "latent_dim", "hidden", "filters", "decoder_filters", "schedule", "epochs", "lr",
@@ -67,7 +68,8 @@ def parse_args(argv=None):
                        help="the impact of each regulariser, over three seeds; 5 epochs each")
     group = parser.add_argument_group("model")
     group.add_argument("--hidden", type=number(int, 1, 4096), default=38,
-                       help="width before z; below --latent-dim, z has the rank of --hidden")
+                       help="width before z; if smaller than --latent-dim, z has only so many "
+                            "independent directions")
     group.add_argument("--filters", type=number(int, 1, 512), nargs=2, default=[8, 16],
                        help="maps of the encoder's two convolutions")
     group.add_argument("--decoder-filters", type=number(int, 1, 512), nargs=3, default=[10, 32, 16],
@@ -376,11 +378,10 @@ def tune(args, data):
     """Search until args.tune trials are finished; returns the metrics.
 
     The cost is the validation MSE after a short training plus --price for each latent dimension.
-    The MSE alone falls with every dimension: a search for it ends at the upper bound, and 38 may
-    well be where the report's was. MSE over PCA's at the same size would end at the lower one.
-    With a price it ends where one more dimension no longer saves it. What a dimension is worth no
-    data can tell: it is for whoever uses the code to say. Of 20 trials the first ten are the
-    report's values and random points, only then TPE chooses.
+    MSE alone always prefers more dimensions, and 38 may well be where the report's search ended
+    for that reason; MSE divided by PCA's prefers the fewest. So each dimension costs --price. What
+    one is worth no data can tell: it is for whoever uses the code to say. Of 20 trials the first
+    ten are the report's values and random points, only then TPE chooses.
     """
     train, val = common.splits(data.y_train, 1, args.seed)[0]
     x_train, x_val = data.x_train[train], data.x_train[val]  # all that a trial sees
@@ -399,7 +400,7 @@ def tune(args, data):
         values = suggest(trial)
         print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
         trial_run = TrialRun(trial, args.price * values["latent_dim"])
-        fit(argparse.Namespace(**vars(args) | values), trial_run, "", (args.seed, trial.number),
+        fit(common.with_flags(args, **values), trial_run, "", (args.seed, trial.number),
             x_train, x_val)
         return trial_run.cost
 
@@ -488,7 +489,7 @@ def ablate(args, data, seeds=3):
         ends = []  # the last epoch of each seed
         for seed in ((args.seed + s) % 2**32 for s in range(seeds)):
             train, val = common.splits(data.y_train, 1, seed)[0]
-            fit(argparse.Namespace(**vars(args) | flags), run, f"{name}, seed {seed}", (seed, 0),
+            fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}", (seed, 0),
                 data.x_train[train], data.x_train[val])
             ends.append(run.rows[-1])
         each = [row["val_mse"] for row in ends]

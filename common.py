@@ -1,7 +1,7 @@
 """What the scripts share: flags, data, splits, seeds, augmentation, the run's folder, plotting.
 
-A lesson of its own are `seed_everything`, `splits`, `batches`, `augment` and `pca_reconstruct`; the
-rest is machinery that no training depends on. Exit status of every script: 0 done, 1 the training
+Worth reading are `seed_everything`, `splits`, `batches`, `augment` and `pca_reconstruct`; the rest
+is machinery that no training depends on. Exit status of every script: 0 done, 1 the training
 failed (a loss that is not finite, a full disk), 2 wrong input, 130 interrupted; each but the first
 with one line on stderr.
 """
@@ -172,7 +172,7 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=()):
     recipes, fast, modes = recipes or {"best": {}}, fast or {}, modes or {}
     plain = vars(parser.parse_args([]))
 
-    def read(words):
+    def read(words):  # twice: the first pass finds recipe, mode and --fast, which set the defaults
         parser.set_defaults(**plain)
         args = parser.parse_args(words)
         mode = next((m for m in modes if getattr(args, m)), None)
@@ -183,7 +183,7 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=()):
 
     words = sys.argv[1:] if argv is None else list(argv)
     args, mode, defaults = read(words)
-    args.argv, args.begun = words, None
+    args.argv, args.begun = words, None  # begun: config.json of the run that --resume goes on with
     if args.resume:
         if args.out_dir:
             parser.error("--resume goes on in its own folder: leave --out-dir out")
@@ -208,8 +208,13 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=()):
             parser.error(f"--{flag.replace('_', '-')} "
                          f"{'does not go' if name == mode else 'goes only'} with --{name}")
     args.device = pick_device(args.device)
-    args.script, args.typed = script, argv is None
+    args.script, args.typed = script, argv is None  # typed: not called by another script
     return args
+
+
+def with_flags(args, **flags):
+    """A copy of args in which some flags have other values."""
+    return argparse.Namespace(**(vars(args) | flags))
 
 
 def pick_device(name):
@@ -372,17 +377,18 @@ def augment(x, kind, rng):
     flipped = torch.rand(len(x), 1, 1, 1, generator=rng).to(x.device) < 0.5
     if kind != "flip":
         angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
-        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # 28 pixels are 2
-        angle, right, down = (angle, 0 * right, 0 * down) if kind == "report" else (
-            0 * angle, right, down)
+        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # an image is 2 wide
+        if kind == "report":
+            right, down = 0 * right, 0 * down
+        else:
+            angle = 0 * angle
         move = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1)
         grid = F.affine_grid(move.view(-1, 2, 3).to(x.device), x.shape, align_corners=False)
         x = F.grid_sample(x, grid, align_corners=False)  # what comes in from outside is black
     x = torch.where(flipped, x.flip(2 if kind == "report" else 3), x)
     if kind == "erase":
-        (y0, x0), (height, width) = (
-            scale * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)
-            for scale in (28, 6))  # centres; halves of the sides
+        y0, x0 = 28 * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)  # centres
+        height, width = 6 * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)  # halved
         i = torch.arange(28, device=x.device)
         x = x.masked_fill(((i[:, None] - y0).abs() < height) & ((i - x0).abs() < width), 0)
     return x
@@ -650,7 +656,7 @@ font-family: sans-serif}} img {{max-width: 100%}}</style>
 def load_run(folder, script, parse_args, build):
     """The network that a finished run shows: build(its flags), with its weights.
 
-    Exit 2 where the run is none of this script, not finished, or does not fit.
+    Exit 2 where another script made it, it is not finished, or its weights do not fit.
     """
     config, file = read_config(folder, script), Path(folder) / "model.pt"
     if not file.is_file():

@@ -17,6 +17,7 @@ not there yet: in runs/ae2-... and runs/vae2-..., named after data, seed and cod
 """
 
 import json
+import math
 import shlex
 import time
 from pathlib import Path
@@ -180,7 +181,7 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
     Some of the images are drawn, centred at their points: they show what a region means. The axes
     end where the outermost hundredth of the points does: a few outliers would squeeze all others.
     """
-    rows = -(-len(maps) // columns)
+    rows = math.ceil(len(maps) / columns)
     fig = Figure(figsize=(7 * columns + 1, 6 * rows + 0.5), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).flat
     for ax, (name, points, numbers) in zip(axes, maps, strict=True):
@@ -212,7 +213,7 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
 def find_encoder(script, args):
     """The run of ae.py or vae.py to take: a named one, or the best we know, made if need be."""
     name = script.__name__
-    flags = shlex.split(TRAINING[name]) + (["--epochs", "3"] if args.fast else [])
+    flags = shlex.split(TRAINING[name]) + ["--epochs", "3"] * args.fast  # the last one counts
     return getattr(args, name) or common.trained(script, f"{name}2", args, flags, minutes=5)
 
 
@@ -227,7 +228,7 @@ def main(argv=None):
         common.fail(f"--perplexity {max(args.perplexity):g} takes three times as many points, "
                     f"{n} are too few: name a smaller one, or more --points")
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
-    for script in (ae, vae):  # a wrong name is said before anything is trained
+    for script in (ae, vae):  # fails before the training if a name is wrong
         if folder := getattr(args, script.__name__):
             map_encoder(script, folder, x[:1])
 

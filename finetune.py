@@ -115,8 +115,8 @@ def parse_args(argv=None):
 
 def settings(args, name):
     """The flags of one model: what was asked for, else its SETTINGS; model: its name."""
-    t = argparse.Namespace(**vars(args) | {"model": name, "optimizer": "adam",
-                           "schedule": "constant" if args.recipe == "report" else "onecycle"})
+    t = common.with_flags(args, model=name, optimizer="adam",
+                          schedule="constant" if args.recipe == "report" else "onecycle")
     for flag, value in SETTINGS[args.recipe][name].items():
         if getattr(args, flag, None) is None or (name, flag) == ("cnn", "train"):
             setattr(t, flag, value)
@@ -322,8 +322,8 @@ def load_judge(args, data):
     """The CNN that judges the samples of gan.py, in evaluation mode: --judge, or a new one."""
     folder = args.judge or common.trained(sys.modules[__name__], "judge", args,
                                           ["--model", "cnn", "--epochs", "8"], minutes=4)
-    return common.load_run(folder, "finetune", parse_args, lambda flags: CNN(len(data.classes))
-                           ).to(args.device).eval()
+    judge = common.load_run(folder, "finetune", parse_args, lambda flags: CNN(len(data.classes)))
+    return judge.to(args.device).eval()
 
 
 # --------------------------------------------------------------------------- labels
@@ -376,7 +376,7 @@ def label_efficiency(args, data):
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
     args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=6)
     net_ae = ae.load_run(args.encoder).to(args.device)
-    net_vae = vae.load_run(common.trained(vae, "vae", args, [], minutes=4)).to(args.device)
+    net_vae = vae.load_run(common.trained(vae, "vae", args, [], minutes=3)).to(args.device)
     encoders = {"probe on AE codes": lambda x: ae.encode(net_ae, x),
                 "probe on VAE codes": lambda x: vae.encode(net_vae, x)[0]}
     val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
@@ -388,16 +388,16 @@ def label_efficiency(args, data):
             idx = pool[label_subset(data.y_train[pool], n, seed)]
             train = data.x_train[idx], data.y_train[idx]
             ways = {name: probe(encode, train, val, test) for name, encode in encoders.items()}
-            again = idx.repeat(math.ceil(len(pool) / 10 / n))  # an epoch has steps enough
+            again = idx.repeat(math.ceil(len(pool) / 10 / n))  # so that an epoch has steps enough
             for way, scratch in (("fine-tuned", False), ("from scratch", True)):
                 tried = []
                 for c in CANDIDATES:
-                    flags = argparse.Namespace(**vars(t) | c | {"scratch": scratch})
+                    flags = common.with_flags(t, scratch=scratch, **c)
                     part = f"{n}, {way}, {c['lr']} {c['augment']}, {seed}"
                     model = fit(flags, run, part, (seed, 0), (data.x_train[again],
                                 data.y_train[again]), val, len(data.classes))
                     tried.append((evaluate(model, *val)[1], evaluate(model, *test)[1]))
-                ways[way] = max(tried, key=lambda t: t[0])  # by validation accuracy
+                ways[way] = max(tried, key=lambda pair: pair[0])  # by validation
             for way, (_, accuracy) in ways.items():
                 points.setdefault(way, {}).setdefault(str(n), []).append(accuracy)
     efficiency = {way: {n: {"mean": statistics.mean(each), "std": statistics.stdev(each),

@@ -13,9 +13,9 @@ FashionMNIST, 10,000 samples against the test images (results/gan*): Frechet dis
 over three seeds with 211,650 parameters, in 11 minutes on one core beside another run; the
 report's recipe has 78, training images 0.1. The losses of both are at chance level.
 
-The judge of the samples is the newest CNN of finetune.py in runs/; without one, a brief training
-makes one. Its Frechet distances compare with no other judge's: here it is that of
-`python finetune.py`. Each run writes to a new folder in runs/.
+The judge of the samples is the CNN of `finetune.py --model cnn --epochs 8`, trained first where it
+is not there yet, or that of --judge DIR. Distances by different judges do not compare. Each run
+writes to a new folder in runs/.
 """
 
 import argparse
@@ -253,6 +253,7 @@ def fit(args, run, part, seeds, x_train, judge, real_val):
         row = train_epoch(netG, netD, ema, x_train, g_optimizer, d_optimizer,
                           (g_schedule, d_schedule), args, rng,
                           steps=(epoch - 1) * math.ceil(len(x_train) / args.batch_size))
+        # half as many samples as real images, in each epoch: only the epochs compare
         x = sample(ema, noise(len(real_val) // 2, args.noise_dim, 0, args.device))
         distance = frechet_distance(features(judge, x), real_val)
         run.end_epoch(score=distance, **row, val_frechet=distance,
@@ -304,7 +305,7 @@ def frechet_distance(a, b):
 def precision_recall(real, fake, k=3):
     """Precision: how much of fake (M, F) looks real; recall: how much of real (N, F) is covered.
 
-    A set covers a point if it lies as close to one of the set's points as that one's k-th
+    A set covers a point if one of the set's points is as close to it as to its own k-th nearest
     neighbour in the set (Kynkaanniemi et al., arXiv 1904.06991).
     """
     def covered(points, by):
@@ -320,8 +321,9 @@ def two_sample(real, fake, n=2000):
 
     real, fake (N, F): the first n of each, pooled; each point is given the label of its nearest
     other one (arXiv 1610.06545, 1806.07755). Returns the accuracy on the real half and on the fake
-    half: .5 and .5 if the two sets are one distribution. Both, for a mean would hide it: blurred
-    images lie near everything, so real ones are taken for fake (below .5), fake ones told (above).
+    half: .5 and .5 if the two sets are one distribution. Both are reported, for their mean hides
+    blur: blurred images lie near everything, so real ones are taken for fake (below .5) and fake
+    ones are recognised (above).
     """
     n = min(n, len(real), len(fake))
     pooled = torch.cat([real[:n].flatten(1), fake[:n].flatten(1)])
@@ -432,7 +434,7 @@ def ablate(args, data, seeds=2):
         ends = []
         for seed in ((args.seed + s) % 2**32 for s in range(seeds)):
             train, val = common.splits(data.y_train, 1, seed)[0]
-            fit(argparse.Namespace(**vars(args) | change), run, f"{name}, seed {seed}", (seed,),
+            fit(common.with_flags(args, **change), run, f"{name}, seed {seed}", (seed,),
                 data.x_train[train], judge, features(judge, data.x_train[val]))
             ends.append(run.rows[-1])
         ablation[name] = {**{k: statistics.mean(row[k] for row in ends) for k in (
@@ -466,7 +468,8 @@ def samplers(folders, args, data):
 
     An autoencoder has no noise to start from: its codes get a density, one Gaussian or fifty.
     """
-    netA, netV = (script.load_run(folders[script.__name__]).to(args.device) for script in (ae, vae))
+    netA, netV = ae.load_run(folders["ae"]), vae.load_run(folders["vae"])
+    netA, netV = netA.to(args.device), netV.to(args.device)
     n, x_train = len(data.x_test), data.x_train
 
     def mixture(net, codes, components):
@@ -475,7 +478,8 @@ def samplers(folders, args, data):
         def draw(seed):
             density.random_state = seed
             z = torch.tensor(density.sample(n)[0]).float()
-            return vae.decode(net, shuffled(z, seed).to(args.device))  # sample() sorts them
+            # sample() sorts its points. vae.decode needs a decoder only: both networks have one
+            return vae.decode(net, shuffled(z, seed).to(args.device))
         return draw
 
     def gan(folder):
@@ -504,7 +508,7 @@ def compare(args, data):
     needs = {"ae": (ae, [], 6), "vae": (vae, [], 3), "gan": (this, [], 25),
              "gan-report": (this, ["--recipe", "report"], 30)}  # script, flags, minutes
     named = {name: folder for name in needs if (folder := getattr(args, name.replace("-", "_")))}
-    for name, folder in named.items():  # a wrong name is said before anything is trained
+    for name, folder in named.items():  # fails before the training if a name is wrong
         common.read_config(folder, name.removesuffix("-report"))
     run = common.Run(args, data)
     judge = finetune.load_judge(args, data)

@@ -2,7 +2,7 @@
 
     python tests/bench_epoch.py [--data-dir DIR] [--images N]
 
-Three ways to make the same steps with the same model, taking turns, the median of five rounds:
+Three ways to make the same steps with the same model, taking turns; medians of five rounds' ratios:
 ours (the data as one tensor, batches by index); one fixed batch again and again (nothing but the
 steps: what data can cost at the least); torchvision's transforms image by image in a DataLoader.
 """
@@ -79,13 +79,14 @@ def main():
             epoch()
             if round_:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    def ratio(a, b):  # of pairs: the load of a machine drifts from round to round
+        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
     print(json.dumps({
         "command": "python tests/bench_epoch.py", "images": len(x), "batch_size": args.batch_size,
         "device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "seconds": seconds,
-        "ours_over_fixed_batch": median["ours"] / median["fixed_batch"],
-        "dataloader_over_ours": median["dataloader"] / median["ours"]}, indent=2))
+        "seconds": seconds, "ours_over_fixed_batch": ratio("ours", "fixed_batch"),
+        "dataloader_over_ours": ratio("dataloader", "ours")}, indent=2))
 
 
 if __name__ == "__main__":

@@ -41,12 +41,12 @@ def main():
     if args.exercise not in exercises:
         fail(f"no exercise {args.exercise} to check, only {', '.join(exercises)}")
     exercise = exercises[args.exercise]
-    if not (args.run / "config.json").is_file():
-        fail(f"{args.run} is no folder of a run: it has no config.json")
     try:
         metrics = json.loads((args.run / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        fail(f"the run in {args.run} is not finished: go on with --resume {args.run}")
+        if (args.run / "config.json").is_file():
+            fail(f"the run in {args.run} is not finished: go on with --resume {args.run}")
+        fail(f"{args.run} is no folder of a finished run: it has no metrics.json")
     number = look_up(metrics, exercise["key"])
     if number is None:
         fail(f"the run in {args.run} has no {exercise['key']}: is it the one of this exercise?")

@@ -28,6 +28,7 @@ import torchvision  # noqa: E402
 import vae  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
+from sklearn.manifold import TSNE  # noqa: E402
 
 RESULTS = ROOT / "results"
 
@@ -109,15 +110,14 @@ def draw_strip(runs, data):
         common.show_images(ax, images, 12)
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
     ax = right.subplots()
-    encoder = next(runs.glob("vae2-fashion-seed0-*"))
-    mu = vae.encode(vae.load_run(encoder), data.x_test)[0].numpy()
-    y = data.y_test.numpy()
-    common.scatter(ax, mu, y, data.classes)
+    codes = vae.encode(net_vae, data.x_test[:4000])[0]
+    points, y = TSNE(random_state=0).fit_transform(codes.numpy()), data.y_test[:4000].numpy()
+    common.scatter(ax, points, y, data.classes)
     for c, name in enumerate(data.classes):
-        ax.text(*np.median(mu[y == c], axis=0), name, ha="center", fontsize=9, weight="bold",
+        ax.text(*np.median(points[y == c], axis=0), name, ha="center", fontsize=9, weight="bold",
                 bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "linewidth": 0})
-    ax.set(xticks=[], yticks=[], xlim=(-4, 4), ylim=(-4, 4))
-    ax.set_title("10,000 test images in two numbers (VAE)", fontsize=11)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title("4,000 test images by the VAE's code (t-SNE)", fontsize=11)
     fig.savefig(RESULTS / "strip.png", dpi=100)
 
 

@@ -12,6 +12,7 @@ the two sides' seeds: "not seen" where mean +- standard deviation overlap, "conf
 pages, with as many digits as stand there.
 """
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -92,6 +93,14 @@ def test_verdicts(page, word, sides):
         return
     overlap = abs(mean(a) - mean(b)) <= stdev(a) + stdev(b)
     assert ("not seen" in word.lower()) == overlap
+
+
+def test_the_diff_is_as_long_as_the_readme_says():
+    """A README that no longer describes the scripts."""
+    ae, vae = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("ae", "vae"))
+    lines = int(re.search(r"`diff ae.py vae.py` prints (\d+) lines", PAGES[0].read_text())[1])
+    differ = sum(line[0] in "+-" for line in difflib.ndiff(ae, vae))
+    assert abs(lines - differ) < 60  # another algorithm pairs some lines otherwise
 
 
 def test_everything_named_is_there():

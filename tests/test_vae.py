@@ -379,6 +379,9 @@ def test_folds(few, no_figures, monkeypatch):  # noqa: F811
     metrics = vae.main([*FAST, "--folds", "2", "--epochs", "2", "--out-dir", "folds"])
     assert metrics["folds"] == 2 and metrics["test_mse_std"] > 0
     assert metrics["test_mse"] == pytest.approx(sum(metrics["fold_test_mse"]) / 2)
+    folds = [history("folds")[:2], history("folds")[2:]]  # tested: the epochs of the lowest loss
+    assert metrics["fold_val_mse"] == [
+        min(rows, key=lambda row: row["val_loss"])["val_mse"] for rows in folds]
     vae.main([*FAST, "--seed", "1", "--epochs", "1", "--out-dir", "other"])
     assert len({*drawn}) == len(drawn) == 5
 
