@@ -622,7 +622,7 @@ class Run:
 
     def save(self, fig, name, caption):
         """Write a figure; caption: what to look for in it, for index.html."""
-        fig.savefig(self.folder / f"{name}.png", dpi=120)
+        fig.savefig(self.folder / f"{name}.png", dpi=120, bbox_inches="tight")
         self.captions[name] = caption
 
     def finish(self, metrics, summary, model=None):

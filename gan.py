@@ -9,9 +9,9 @@ Section 3 of the report: a GAN, what its losses can tell, and which model is the
     python gan.py --compare             AE, VAE and both GANs side by side as generators
     python gan.py --fast                smoke test in seconds
 
-FashionMNIST, 10,000 samples against the test images (results/gan*): Frechet distance 22.2 +- 0.7
-over three seeds with 211,650 parameters, in 11 minutes on one core beside another run; the
-report's recipe has 78, training images 0.1. The losses of both are at chance level.
+FashionMNIST, 10,000 samples against the test images, one seed (results/gan*): Frechet distance 23,
+precision .81, recall .79 with 313,698 parameters; the report's recipe has 240 after 30 of its 100
+epochs, training images 0.3. The losses of both come near chance level.
 
 The judge of the samples is the CNN of `finetune.py --model cnn --epochs 8`, trained first where it
 is not there yet, or that of --judge DIR. Distances by different judges do not compare. Each run
@@ -374,7 +374,7 @@ def draw_curves(run, rows, floor, data_name):
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         ax.legend()
-    fig.suptitle(f"{data_name}: the losses stay at chance level while the samples improve")
+    fig.suptitle(f"{data_name}: the losses of a GAN, and what its samples are worth")
     run.save(fig, "fig24_loss", "Could you tell from the losses when the samples became good?")
 
 

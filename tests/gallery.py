@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import ae  # noqa: E402
 import common  # noqa: E402
+import embed  # noqa: E402
 import finetune  # noqa: E402
 import gan  # noqa: E402
 import numpy as np  # noqa: E402
@@ -40,7 +41,7 @@ class Folder:
         self.folder = folder
 
     def save(self, fig, name, caption=""):
-        fig.savefig(self.folder / f"{name}.png", dpi=120)
+        fig.savefig(self.folder / f"{name}.png", dpi=120, bbox_inches="tight")
 
 
 def copy_runs(runs):
@@ -113,9 +114,7 @@ def draw_strip(runs, data):
     codes = vae.encode(net_vae, data.x_test[:4000])[0]
     points, y = TSNE(random_state=0).fit_transform(codes.numpy()), data.y_test[:4000].numpy()
     common.scatter(ax, points, y, data.classes)
-    for c, name in enumerate(data.classes):
-        ax.text(*np.median(points[y == c], axis=0), name, ha="center", fontsize=9, weight="bold",
-                bbox={"facecolor": "white", "alpha": 0.7, "pad": 1, "linewidth": 0})
+    embed.draw_names(ax, points, y, data.classes)
     ax.set(xticks=[], yticks=[])
     ax.set_title("4,000 test images by the VAE's code (t-SNE)", fontsize=11)
     fig.savefig(RESULTS / "strip.png", dpi=100)

@@ -35,14 +35,15 @@ class Outcomes:
             self.ends[test].append(f"{report.when}: {message}")
 
 
-def run_tests(tree, tests):
+def run_tests(tree, tests, *flags):
     """Outcomes of these tests in the tree, with its own scripts and no others."""
     for name in [n for n in sys.modules if n in MODULES or n.startswith("test_")]:
         del sys.modules[name]
     outcomes, path = Outcomes(), list(sys.path)
     with contextlib.redirect_stdout(io.StringIO()):
         pytest.main([*(f"{tree}/{test}" for test in tests), "-q", "--rootdir", str(tree),
-                     f"--basetemp={tree}/temporary", "-p", "no:cacheprovider"], plugins=[outcomes])
+                     f"--basetemp={tree}/temporary", "-p", "no:cacheprovider",
+                     *flags], plugins=[outcomes])
     sys.path[:] = path
     return outcomes.ends
 
@@ -54,8 +55,8 @@ def child(folder):
     found = {"healthy": run_tests(folder / "healthy", sorted(set(tests.values())))}
     for patch in PATCHES:
         tree = folder / patch.stem
-        found[patch.name] = (run_tests(tree, [tests[patch.name]]) if copy_tree(tree, patch)
-                             else None)
+        found[patch.name] = (run_tests(tree, [tests[patch.name]], "-x")
+                             if copy_tree(tree, patch) else None)
     print(json.dumps(found))
 
 

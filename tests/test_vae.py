@@ -18,6 +18,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 
 CPU = ["--device", "cpu"]
 FAST = ["--fast", "--data", "digits", *CPU]
+SMALL = [*FAST, "--filters", "4", "8", "--decoder-filters", "8", "8"]  # a third of the time
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +338,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             raise KeyboardInterrupt
         return train_epoch(*args)
     monkeypatch.setattr(vae, "train_epoch", interrupted)
-    flags = [*FAST, *flags, "--batch-size", "16", "--lr", "0.01", "--out-dir"]
+    flags = [*SMALL, *flags, "--batch-size", "16", "--lr", "0.01", "--out-dir"]
     fails(130, common.start, lambda: vae.main([*flags, "half"]))
     assert len(history("half")) == 4
     resumed = vae.main(["--resume", "half", *CPU])
@@ -350,14 +351,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_sweep(few, no_figures):  # noqa: F811
     """Trainings that differ in more than beta, more beta that does not mean less KL, another beta
     than --beta shown, or two betas of one name: the second would take the weights of the first."""
-    flags = [*FAST, "--epochs", "4", "--lr", "0.01", "--batch-size", "8", "--out-dir"]
-    metrics = vae.main([*flags, "sweep", "--sweep", "1e6", "1e-6", "0.25", "4", "--beta", "4"])
-    highest, lowest, low, high = metrics["sweep"]
-    assert highest["test_kl"] < high["test_kl"] < low["test_kl"] < lowest["test_kl"]
-    assert metrics["beta"] == 4 and metrics["test_kl"] == high["test_kl"]
+    flags = [*SMALL, "--epochs", "4", "--lr", "0.01", "--batch-size", "8", "--out-dir"]
+    metrics = vae.main([*flags, "sweep", "--sweep", "1e6", "4", "1e-6", "--beta", "4"])
+    high, middle, low = metrics["sweep"]
+    assert high["test_kl"] < middle["test_kl"] < low["test_kl"]
+    assert metrics["beta"] == 4 and metrics["test_kl"] == middle["test_kl"]
     data = common.load_data(vae.parse_args(FAST))
-    assert vae.evaluate(vae.load_run("sweep"), data.x_test, 4.0)["kl"] == high["test_kl"]
-    alone = vae.main([*flags, "alone", "--beta", "0.25"])
+    assert vae.evaluate(vae.load_run("sweep"), data.x_test, 4.0)["kl"] == middle["test_kl"]
+    alone = vae.main([*flags, "alone", "--beta", "1e-6"])
     assert alone["test_mse"] == low["test_mse"]
 
 
@@ -376,13 +377,13 @@ def test_folds(few, no_figures, monkeypatch):  # noqa: F811
     drawn, train_epoch = [], vae.train_epoch
     monkeypatch.setattr(vae, "train_epoch", lambda *args: (
         drawn.append(args[-1].initial_seed()) or train_epoch(*args)))
-    metrics = vae.main([*FAST, "--folds", "2", "--epochs", "2", "--out-dir", "folds"])
+    metrics = vae.main([*SMALL, "--folds", "2", "--epochs", "2", "--out-dir", "folds"])
     assert metrics["folds"] == 2 and metrics["test_mse_std"] > 0
     assert metrics["test_mse"] == pytest.approx(sum(metrics["fold_test_mse"]) / 2)
     folds = [history("folds")[:2], history("folds")[2:]]  # tested: the epochs of the lowest loss
     assert metrics["fold_val_mse"] == [
         min(rows, key=lambda row: row["val_loss"])["val_mse"] for rows in folds]
-    vae.main([*FAST, "--seed", "1", "--epochs", "1", "--out-dir", "other"])
+    vae.main([*SMALL, "--seed", "1", "--epochs", "1", "--out-dir", "other"])
     assert len({*drawn}) == len(drawn) == 5
 
 
