@@ -673,7 +673,7 @@ def trained(script, name, args, flags, minutes):
 
     It is named after what it is, the data, the seed and the code, runs/judge-fashion-seed0-1a2b3c,
     and nothing else in runs/ is looked at: the same command gives the same numbers. script: the
-    module; args: the caller's, after load_data; minutes: how long it takes on two cores.
+    module; args: the caller's, after load_data; minutes: how long it takes at most.
     """
     words = [*flags, "--data", args.data, "--seed", str(args.seed), *["--fast"] * args.fast]
     stem = Path(script.__file__).stem

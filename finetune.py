@@ -321,7 +321,7 @@ def most_confused(matrix, classes, count=3):
 def load_judge(args, data):
     """The CNN that judges the samples of gan.py, in evaluation mode: --judge, or a new one."""
     folder = args.judge or common.trained(sys.modules[__name__], "judge", args,
-                                          ["--model", "cnn", "--epochs", "8"], minutes=4)
+                                          ["--model", "cnn", "--epochs", "8"], minutes=6)
     judge = common.load_run(folder, "finetune", parse_args, lambda flags: CNN(len(data.classes)))
     return judge.to(args.device).eval()
 
@@ -374,9 +374,9 @@ def label_efficiency(args, data):
             common.fail(f"--labels {n}: it takes {len(data.classes)} to {len(pool)}, from an image "
                         "of each class to the training part")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=6)
+    args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=18)
     net_ae = ae.load_run(args.encoder).to(args.device)
-    net_vae = vae.load_run(common.trained(vae, "vae", args, [], minutes=3)).to(args.device)
+    net_vae = vae.load_run(common.trained(vae, "vae", args, [], minutes=4)).to(args.device)
     encoders = {"probe on AE codes": lambda x: ae.encode(net_ae, x),
                 "probe on VAE codes": lambda x: vae.encode(net_vae, x)[0]}
     val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
@@ -571,7 +571,7 @@ def main(argv=None):
                         "last BatchNorm has nothing to average there: take another")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
     if "ae" in names and not args.scratch:
-        args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=6)
+        args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=18)
 
     models = {}
     for name in names:

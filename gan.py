@@ -505,7 +505,7 @@ def samplers(folders, args, data):
 def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
     this = sys.modules[__name__]
-    needs = {"ae": (ae, [], 6), "vae": (vae, [], 3), "gan": (this, [], 25),
+    needs = {"ae": (ae, [], 18), "vae": (vae, [], 4), "gan": (this, [], 47),
              "gan-report": (this, ["--recipe", "report"], 30)}  # script, flags, minutes
     named = {name: folder for name in needs if (folder := getattr(args, name.replace("-", "_")))}
     for name, folder in named.items():  # fails before the training if a name is wrong
