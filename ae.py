@@ -335,28 +335,6 @@ def suggest(trial):
     return {k: v if isinstance(v, int) else float(f"{v:.2g}") for k, v in values.items()}
 
 
-class TrialRun:
-    """Takes the place of a Run in fit(): tells Optuna of each epoch, and keeps no checkpoint."""
-
-    def __init__(self, trial, extra):
-        self.trial, self.extra = trial, extra  # extra: what the latent dimensions cost
-
-    def resume(self, part, **things):
-        self.epoch = 0
-        return 1
-
-    def end_epoch(self, score, train_loss, **row):
-        if not math.isfinite(train_loss):
-            raise FloatingPointError("its loss is not finite")
-        self.epoch, self.cost = self.epoch + 1, score + self.extra
-        self.trial.report(self.cost, self.epoch)
-        if self.trial.should_prune():
-            raise optuna.TrialPruned
-
-    def load_best(self, model):
-        pass
-
-
 def open_study(args, where):
     """The study in a journal file or a database, new or there already."""
     storage = where if "://" in where else optuna.storages.JournalStorage(
@@ -399,10 +377,17 @@ def tune(args, data):
             seed=common.seed_everything(args.seed, trial.number).initial_seed())
         values = suggest(trial)
         print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
-        trial_run = TrialRun(trial, args.price * values["latent_dim"])
-        fit(common.with_flags(args, **values), trial_run, "", (args.seed, trial.number),
-            x_train, x_val)
-        return trial_run.cost
+        flags = common.with_flags(args, **values)
+        model = build(flags)
+        optimizer, schedule = make_optimizer(model, flags, len(x_train))
+        for epoch in range(1, args.epochs + 1):  # as in fit, but Optuna looks on
+            rng = common.seed_everything(args.seed, trial.number, epoch)
+            train_epoch(model, x_train, optimizer, schedule, flags, rng)
+            cost = evaluate(model, x_val) + args.price * flags.latent_dim
+            trial.report(cost, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return cost  # Optuna counts a trial that ends with nan as failed
 
     finished = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -412,8 +397,8 @@ def tune(args, data):
 
     if len(study.get_trials(states=finished)) < args.tune:
         study.optimize(objective, n_trials=10 * args.tune,  # an end even if all fail
-                       catch=FloatingPointError, callbacks=[
-                           report, optuna.study.MaxTrialsCallback(args.tune, states=finished)])
+                       callbacks=[report, optuna.study.MaxTrialsCallback(
+                           args.tune, states=finished)])
     return finish_search(args, run, study, data.name)
 
 
@@ -431,13 +416,8 @@ def finish_search(args, run, study, data_name):
         f"--{name.replace('_', '-')} {best[name]}" for name in REPORT)
     draw_search(run, study, data_name)
     return run.finish({"best": best, "trials": rows}, [
-        *table(rows), "", f"train with the best values: {best['command']} --data {args.data}"])
-
-
-def table(rows):
-    """Dicts that have the same keys, as lines of text."""
-    return ["".join(f"{f'{cell:.4g}' if isinstance(cell, float) else str(cell):>16}"
-                    for cell in cells) for cells in (rows[0], *(row.values() for row in rows))]
+        *common.table([list(rows[0]), *(list(row.values()) for row in rows)]), "",
+        f"train with the best values: {best['command']} --data {args.data}"])
 
 
 def draw_search(run, study, data_name):
@@ -501,9 +481,9 @@ def ablate(args, data, seeds=3):
             "train_mse": statistics.mean(row["train_mse"] for row in ends),
             "each": each, "flags": flags}
     draw_ablation(run, ablation, f"{data.name}, {args.epochs} epochs each")
-    return run.finish({"ablation": ablation}, table([
-        {k: v for k, v in row.items() if k not in ("each", "flags")}
-        for row in ablation.values()]))
+    shown = ("variant", "val_mse", "std", "difference", "difference_std", "train_mse")
+    return run.finish({"ablation": ablation}, common.table([
+        shown, *([row[k] for k in shown] for row in ablation.values())]))
 
 
 def draw_ablation(run, ablation, title):
@@ -563,16 +543,14 @@ def main(argv=None):
         metrics |= {"folds": args.folds, "fold_test_mse": tests, "fold_val_mse": val,
                     "test_mse_std": statistics.stdev(tests), "val_mse": statistics.mean(val),
                     "val_mse_std": statistics.stdev(val)}
-    first = args.recipe == "first"
-    return run.finish(metrics, [
-        f"{'MSE per pixel':38}{'validation':>11}{'test':>8}",
-        *(f"{f'autoencoder, fold {n}':38}{v:11.4f}{t:8.4f}"
+    width, found = (100, 0.023) if args.recipe == "first" else (38, 0.013)
+    return run.finish(metrics, common.table([
+        ("MSE per pixel", "validation", "test"),
+        *((f"autoencoder, fold {n}", v, t)
           for n, (v, t) in enumerate(zip(val, tests, strict=True), start=1)),
-        *[f"{f'mean of {args.folds} folds':38}{statistics.mean(val):11.4f}"
-          f"{metrics['test_mse']:8.4f}"] * (args.folds > 1),
-        f"{f'PCA, {args.latent_dim} components':49}{metrics['pca_mse']:8.4f}",
-        f"{f'the report, latent {100 if first else 38}':49}{0.023 if first else 0.013:8.3f}"],
-        model)
+        *[("mean of the folds", statistics.mean(val), metrics["test_mse"])] * (args.folds > 1),
+        (f"PCA, {args.latent_dim} components", None, metrics["pca_mse"]),
+        (f"the report, latent {width}", None, found)]), model)
 
 
 if __name__ == "__main__":

@@ -159,15 +159,17 @@ def add_run_flags(parser):
 
 
 # flags that --resume may change: no number depends on them, or what they name may have moved
-FREE = {"resume", "out_dir", "data_dir", "device", "storage", "encoder", "judge", "weights"}
+FREE = {"resume", "out_dir", "data_dir", "device", "storage", "weights", "encoder", "judge", "ae",
+        "vae", "gan", "gan_report"}
 
 
-def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=()):
+def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=(), runs=None):
     """The flags as a Namespace. An explicit one wins over fast's, those over mode's and recipe's.
 
     recipes: {name: {flag: default}}; fast: {flag: default}; modes: {flag: Mode}; redraw: flags that
-    change nothing but figures. --resume DIR parses the words that began that run, then the new
-    ones behind them: ranges are checked anew, and a flag that would change the training is refused.
+    change nothing but figures; runs: {flag that names a run: the script that makes such runs}.
+    --resume DIR parses the words that began that run, then the new ones behind them: ranges are
+    checked anew, and a flag that would change the training is refused.
     """
     recipes, fast, modes = recipes or {"best": {}}, fast or {}, modes or {}
     plain = vars(parser.parse_args([]))
@@ -207,6 +209,9 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=()):
         for flag in sorted(others):
             parser.error(f"--{flag.replace('_', '-')} "
                          f"{'does not go' if name == mode else 'goes only'} with --{name}")
+    for flag, made_by in (runs or {}).items():  # a wrong name fails here, not after a training
+        if getattr(args, flag):
+            read_config(getattr(args, flag), made_by)
     args.device = pick_device(args.device)
     args.script, args.typed = script, argv is None  # typed: not called by another script
     return args
@@ -651,6 +656,15 @@ font-family: sans-serif}} img {{max-width: 100%}}</style>
         print("", *summary, "", "figures, log.jsonl, metrics.json, and index.html with all of them:"
               f" to redraw them, {self.again}", self.folder, sep="\n", flush=True)
         return metrics
+
+
+def table(rows):
+    """Rows of cells as aligned lines of text; a float gets four digits, None stays empty."""
+    cells = [["" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in row]
+             for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in cells]
 
 
 def load_run(folder, script, parse_args, build):

@@ -60,7 +60,7 @@ def parse_args(argv=None):
                            help=f"run of {name}.py with --latent-dim 2; without it the best we "
                                 "know, made first where it is not there")
     common.add_run_flags(parser)
-    return common.parse(parser, "embed", argv)
+    return common.parse(parser, "embed", argv, runs={"ae": "ae", "vae": "vae"})
 
 
 # --------------------------------------------------------------------------- maps
@@ -127,14 +127,11 @@ def measure(x, y, maps, classes):
 
 def table(maps):
     """The maps [(name, points, numbers)] as lines of text."""
-    lines = [f"{'map':23}{'5-NN accuracy':>15}{'trustworthiness':>17}{'test MSE':>10}{'seconds':>9}"
-             "  new points"]
-    for name, _, m in maps:
-        title = LABELS[name][0] + (f", perplexity {m['perplexity']:g}" if name == "tsne" else "")
-        mse = f"{m['test_mse']:.4f}" if "test_mse" in m else "-"
-        lines.append(f"{title:23}{m['knn_accuracy']:15.3f}{m['trustworthiness']:17.3f}{mse:>10}"
-                     f"{m['seconds']:9.1f}  {'yes' if m['places_new_points'] else 'no'}")
-    return lines
+    return common.table([
+        ("map", "5-NN accuracy", "trustworthiness", "test MSE", "seconds", "new points"),
+        *((LABELS[name][0] + (f", perplexity {m['perplexity']:g}" if name == "tsne" else ""),
+           m["knn_accuracy"], m["trustworthiness"], m.get("test_mse"), m["seconds"],
+           "yes" if m["places_new_points"] else "no") for name, _, m in maps)])
 
 
 # --------------------------------------------------------------------------- figures
@@ -228,9 +225,6 @@ def main(argv=None):
         common.fail(f"--perplexity {max(args.perplexity):g} takes three times as many points, "
                     f"{n} are too few: name a smaller one, or more --points")
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
-    for script in (ae, vae):  # fails before the training if a name is wrong
-        if folder := getattr(args, script.__name__):
-            map_encoder(script, folder, x[:1])
 
     run = common.Run(args, data)
     maps = [(script.__name__, *map_encoder(script, find_encoder(script, args), x))

@@ -10,6 +10,7 @@ Section 5 of the report: its four classifiers, confusion matrices, and what labe
                                                 what ResNet18 can do when nothing is frozen
     python finetune.py --labels 100 1000 10000 48000
                                                 accuracy against the number of labels
+    python finetune.py --transfer               half of the classes first: does it help the others?
     python finetune.py --recipe report          the report's own settings
     python finetune.py --fast                   smoke test in seconds
 
@@ -26,6 +27,7 @@ import socket
 import statistics
 import sys
 import zipfile
+from collections import defaultdict
 from http.client import HTTPException
 from itertools import zip_longest
 from pathlib import Path
@@ -73,7 +75,8 @@ SETTINGS = {  # of each model, by recipe; flags go before them
         "cnn": {"train": "all", "epochs": 20, "batch_size": 300, "lr": 0.0085,
                 "weight_decay": 5e-5, "augment": "report"}},
 }
-MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder"))}
+MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder")),
+         "transfer": common.Mode(takes=("epochs", "batch_size"))}
 
 
 def parse_args(argv=None):
@@ -84,13 +87,16 @@ def parse_args(argv=None):
     group.add_argument("--train", choices=("all", "last", "head"),
                        help="what learns, the rest stays frozen (cnn learns as a whole). head: the "
                             "new linear layer, a linear probe; last: also the encoder's linear "
-                            "layers, or ResNet18's last four modules (layer3, layer4, avgpool, "
-                            "fc); without it all of ae and last of ResNet18, as in the report")
+                            "layers, or ResNet18's layer3 and layer4; without it all of ae "
+                            "and last of ResNet18, as in the report")
     group.add_argument("--scratch", action="store_true",
                        help="ae: start from random weights, not from the trained encoder")
     group.add_argument("--labels", type=common.number(int, 1, 60_000), nargs="+", metavar="N",
                        help="what N labelled images are worth to a classifier on the encoder's "
                             "codes, to the fine-tuned encoder, and from scratch; three times each")
+    group.add_argument("--transfer", action="store_true",
+                       help="do the CNN and ResNet18, trained on half of the classes, learn the "
+                            "other half from fewer labels? three times each")
     group = parser.add_argument_group("models")
     group.add_argument("--encoder", type=common.path, metavar="DIR",
                        help="the run of ae.py that ae starts from; without it that of plain "
@@ -104,7 +110,7 @@ def parse_args(argv=None):
     common.add_run_flags(parser)
     parser.epilog = "--epochs, --batch-size, --lr, --augment: without them see SETTINGS"
     args = common.parse(parser, "finetune", argv, recipes={name: {} for name in SETTINGS},
-                        fast={"epochs": 2}, modes=MODES)
+                        fast={"epochs": 2}, modes=MODES, runs={"encoder": "ae"})
     for flag, models in {"train": ("all", "ae", "resnet18", "resnet18-random"),
                          "scratch": ("all", "ae"), "encoder": ("all", "ae"),
                          "weights": ("all", "resnet18")}.items():
@@ -138,8 +144,11 @@ class EncoderClassifier(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(encoder.linear[-1].out_features, classes)
 
+    def features(self, x):
+        return self.encoder(x)  # (B, D)
+
     def forward(self, x):
-        return self.head(self.encoder(x))  # (B, D) -> (B, C)
+        return self.head(self.features(x))
 
 
 class ResNet18(nn.Module):
@@ -148,17 +157,19 @@ class ResNet18(nn.Module):
     Made for 224x224 pixels, of which five halvings leave 7x7; 28 -> 14 -> 7 -> 4 -> 2 -> 1.
     """
 
-    def __init__(self, classes, state_dict=None):
+    def __init__(self, classes):
         super().__init__()
         self.net = torchvision.models.resnet18()
-        if state_dict is not None:
-            self.net.load_state_dict(state_dict)
-        self.net.fc = nn.Linear(512, classes)
+        self.net.fc = nn.Identity()  # it told ImageNet's 1,000 classes apart
+        self.head = nn.Linear(512, classes)
 
-    def forward(self, x):
+    def features(self, x):
         x = x.expand(-1, 3, -1, -1)  # (B, 3, 28, 28): grey is three equal colours
         # mean and spread of ImageNet's colours: its weights expect them taken out
         return self.net(normalize(x, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]))
+
+    def forward(self, x):
+        return self.head(self.features(x))  # (B, 512) -> (B, C)
 
 
 class CNN(nn.Module):
@@ -183,8 +194,11 @@ class CNN(nn.Module):
         return self.head(self.features(x))
 
 
-def build(args, classes, imagenet=None):
-    """The network of args.model. model.trained: its modules that learn; the others are frozen."""
+def build(args, classes, start=None):
+    """The network of args.model. start: weights by name, of ImageNet or of another training.
+
+    model.trained: its modules that learn; the others are frozen.
+    """
     if args.model == "ae":
         net = ae.load_run(args.encoder) if args.encoder else ae.build(ae.parse_args([]))
         encoder = net.encoder
@@ -193,14 +207,15 @@ def build(args, classes, imagenet=None):
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
         model = EncoderClassifier(encoder, classes)
-        head, last = [model.head], [encoder.linear, model.head]
+        last = [encoder.linear, model.head]
     elif args.model == "cnn":
         model = CNN(classes)
-        head = last = None  # nothing to freeze
+        last = [model]  # nothing to freeze
     else:
-        model = ResNet18(classes, imagenet)
-        head, last = [model.net.fc], list(model.net.children())[-4:]
-    model.trained = {"all": [model], "last": last, "head": head}[args.train]
+        model = ResNet18(classes)
+        last = [model.net.layer3, model.net.layer4, model.head]
+    model.trained = {"all": [model], "last": last, "head": [model.head]}[args.train]
+    model.load_state_dict(model.state_dict() | (start or {}))
     model.requires_grad_(False)
     for module in model.trained:
         module.requires_grad_(True)
@@ -208,7 +223,7 @@ def build(args, classes, imagenet=None):
 
 
 def imagenet_weights(args):
-    """ResNet18's state_dict from --weights FILE, or from torchvision, which downloads it once.
+    """ResNet18's weights but for its last layer, from --weights FILE or downloaded once.
 
     weights_only: a file cannot run code. LookupError, with the reason, where there are none.
     """
@@ -227,8 +242,8 @@ def imagenet_weights(args):
         if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
             raise ValueError("CRC mismatch")  # torch.load does not compare them
         state_dict = torch.load(file, map_location="cpu", weights_only=True)
-        ResNet18(10, state_dict)  # does it fit?
-        return state_dict
+        torchvision.models.resnet18().load_state_dict(state_dict)  # does it fit?
+        return {f"net.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
     except pickle.UnpicklingError:
         problem = "more than plain tensors, or damaged: refused, it could run code"
     except (OSError, HTTPException) as error:
@@ -264,14 +279,15 @@ def train_epoch(model, x, y, optimizer, schedule, args, rng):
     return total.item() / len(x)
 
 
-def fit(args, run, part, seeds, train, val, classes, imagenet=None):
+def fit(args, run, part, seeds, train, val, classes, start=None):
     """Train args.model as one part of the run; returns its best epoch's network.
 
-    train, val: (x, y) each. seeds: numbers that, with the epoch, decide every draw.
+    train, val: (x, y) each. seeds: numbers that, with the epoch, decide every draw. start: see
+    build.
     """
     common.seed_everything(*seeds)
     (x, y), (x_val, y_val) = train, val
-    model = build(args, classes, imagenet)
+    model = build(args, classes, start)
     if args.train != "all" and (args.scratch or args.model == "resnet18-random"):
         # frozen random layers would keep mean 0 and variance 1, which fit no data: measured once
         update_bn(x[:10_000].split(500), model)
@@ -300,6 +316,13 @@ def predict(model, x, mirror=False):
     return (logits + predict(model, x.flip(3))) / 2 if mirror else logits
 
 
+@torch.no_grad()
+def encode(model, x):
+    """The last hidden layer, (N, F), in evaluation mode, order kept."""
+    model.eval()
+    return common.in_batches(model.features, x)
+
+
 def score(logits, y):
     """(mean cross entropy in nats, accuracy from 0 to 1) of logits (N, C) against y (N,)."""
     return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
@@ -326,11 +349,13 @@ def load_judge(args, data):
     return judge.to(args.device).eval()
 
 
-# --------------------------------------------------------------------------- labels
+# --------------------------------------------------------------------------- few labels
 
 SEEDS = 3  # trainings of each, with other labelled images
+# validation data choose among these, for each way, number of labels and seed
 CANDIDATES = [{"lr": 0.002, "augment": "none"}, {"lr": 0.008, "augment": "none"},
-              {"lr": 0.008, "augment": "shift"}]  # validation data choose among them
+              {"lr": 0.008, "augment": "shift"}]
+TRANSFER = [{"lr": 0.001, "augment": "shift"}, {"lr": 0.004, "augment": "shift"}]
 STRENGTHS = (0.01, 0.1, 1.0)  # of the logistic regression: inverse of its L2 penalty, likewise
 
 
@@ -347,17 +372,29 @@ def label_subset(y, n, seed):
 
 
 def probe(encode, train, val, test):
-    """(validation, test) accuracy of the best logistic regression on standardised codes.
+    """Test accuracy of the best logistic regression on standardised codes, best on val.
 
-    train, val, test: (x, y) each. Best on val. Standardised: a code's dimensions have scales of
-    their own, and the penalty would count them unequally.
+    train, val, test: (x, y) each. Standardised: a code's dimensions have scales of their own, and
+    the penalty would count them unequally.
     """
     (z, y), (z_val, y_val), (z_test, y_test) = (
         (encode(x).cpu().double().numpy(), y.cpu().numpy()) for x, y in (train, val, test))
     fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(z, y)
               for c in STRENGTHS]
-    best = max(fitted, key=lambda model: model.score(z_val, y_val))
-    return best.score(z_val, y_val), best.score(z_test, y_test)
+    return max(fitted, key=lambda model: model.score(z_val, y_val)).score(z_test, y_test)
+
+
+def fit_best(candidates, t, run, part, seeds, data, classes, start=None):
+    """Test accuracy of the network whose settings, one of the candidates, are best on val.
+
+    data: (x, y) of train, val and test. start: the weights to begin with, by name, if not all are
+    to be random.
+    """
+    train, val, test = data
+    models = [fit(common.with_flags(t, **flags), run,
+                  f"{part}, {flags['lr']} {flags['augment']}", seeds, train, val, classes, start)
+              for flags in candidates]
+    return evaluate(max(models, key=lambda model: evaluate(model, *val)[1]), *test)[1]
 
 
 def label_efficiency(args, data):
@@ -382,49 +419,86 @@ def label_efficiency(args, data):
     val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
     t = settings(args, "ae")
     t.epochs, t.train = args.epochs or 10, "all"
-    points = {}
+    points = defaultdict(list)
     for n in sorted(set(args.labels)):
         for seed in range(args.seed, args.seed + SEEDS):
             idx = pool[label_subset(data.y_train[pool], n, seed)]
             train = data.x_train[idx], data.y_train[idx]
-            ways = {name: probe(encode, train, val, test) for name, encode in encoders.items()}
-            again = idx.repeat(math.ceil(len(pool) / 10 / n))  # so that an epoch has steps enough
+            for way, encode in encoders.items():
+                points[way, n].append(probe(encode, train, val, test))
+            idx = idx.repeat(math.ceil(len(pool) / 10 / n))  # so that an epoch has steps enough
+            train = data.x_train[idx], data.y_train[idx]
             for way, scratch in (("fine-tuned", False), ("from scratch", True)):
-                tried = []
-                for c in CANDIDATES:
-                    flags = common.with_flags(t, scratch=scratch, **c)
-                    part = f"{n}, {way}, {c['lr']} {c['augment']}, {seed}"
-                    model = fit(flags, run, part, (seed, 0), (data.x_train[again],
-                                data.y_train[again]), val, len(data.classes))
-                    tried.append((evaluate(model, *val)[1], evaluate(model, *test)[1]))
-                ways[way] = max(tried, key=lambda pair: pair[0])  # by validation
-            for way, (_, accuracy) in ways.items():
-                points.setdefault(way, {}).setdefault(str(n), []).append(accuracy)
-    efficiency = {way: {n: {"mean": statistics.mean(each), "std": statistics.stdev(each),
-                            "each": each} for n, each in by_n.items()}
-                  for way, by_n in points.items()}
-    draw_label_efficiency(run, efficiency, data.name)
-    return run.finish({"label_efficiency": efficiency}, [
-        f"test accuracy, %, mean and standard deviation of {SEEDS} trainings",
-        f"{'labels':20}" + "".join(f"{n:>14}" for n in next(iter(points.values()))),
-        *(f"{way:20}" + "".join(f"{100 * p['mean']:8.1f} +-{100 * p['std']:4.1f}"
-                                for p in by_n.values()) for way, by_n in efficiency.items())])
+                points[way, n].append(fit_best(
+                    CANDIDATES, common.with_flags(t, scratch=scratch), run, f"{n}, {way}, {seed}",
+                    (seed, 0), (train, val, test), len(data.classes)))
+    return finish_points(run, points, "label_efficiency", data.name)
 
 
-def draw_label_efficiency(run, efficiency, data_name):
-    """Accuracy against the number of labels: where the curves part, pre-training pays."""
+def transfer(args, data):
+    """Is a network that has learned half of the classes ahead on the other half? Returns metrics.
+
+    Not the report's experiment, whose ResNet18 had learned from a million colour photographs, but
+    its question, without a download: what is learned with labels elsewhere, and is it worth more
+    the fewer labels there are here? The network's last layer is always new.
+    """
+    half = len(data.classes) // 2
+    if half < 2:
+        common.fail(f"--transfer takes four classes or more, two for each half: there are "
+                    f"{len(data.classes)}")
+    run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
+
+    def part(x, y, new):  # the images of the second half of the classes, or of the first
+        keep = (y >= half) if new else (y < half)
+        return x[keep], y[keep] - half * new
+
+    points = defaultdict(list)
+    for name in ("cnn", "resnet18-random"):
+        t = settings(args, name)
+        t.train, t.epochs = "all", args.epochs or 4
+        for seed in range(args.seed, args.seed + SEEDS):
+            split = [(data.x_train[i], data.y_train[i])
+                     for i in common.splits(data.y_train, 1, seed)[0]]
+            before = fit(t, run, f"{name}, first classes, {seed}", (seed, 0),
+                         *(part(*xy, new=False) for xy in split), half)
+            start = {k: v for k, v in before.state_dict().items() if not k.startswith("head")}
+            pool, val, test = (part(*xy, new=True) for xy in (*split, (data.x_test, data.y_test)))
+            classes = len(data.classes) - half
+            for n in [n for n in (50, 500, 5000) if n <= len(pool[0])] or [len(pool[0])]:
+                idx = label_subset(pool[1], n, seed)
+                points[f"{name}, frozen", n].append(probe(
+                    lambda x, net=before: encode(net, x),
+                    (pool[0][idx], pool[1][idx]), val, test))
+                idx = idx.repeat(math.ceil(len(pool[0]) / 12 / n))  # so that an epoch has steps enough
+                for way, weights in (("fine-tuned", start), ("from scratch", None)):
+                    points[f"{name}, {way}", n].append(fit_best(
+                        TRANSFER, t, run, f"{name}, {n}, {way}, {seed}", (seed, 1),
+                        ((pool[0][idx], pool[1][idx]), val, test), classes, weights))
+    return finish_points(run, points, "transfer", data.name)
+
+
+def finish_points(run, points, name, data_name):
+    """The curves of accuracy against labels, and the table. points: {(way, labels): accuracies}."""
+    ways, labels = (list(dict.fromkeys(column)) for column in zip(*points, strict=True))
+    results = {way: {str(n): {"mean": statistics.mean(points[way, n]),
+                         "std": statistics.stdev(points[way, n]), "each": points[way, n]}
+                     for n in labels} for way in ways}
     fig = Figure(figsize=(7, 4.5), layout="constrained")
     ax = fig.subplots()
-    for way, points in efficiency.items():
-        ax.errorbar([int(n) for n in points], [100 * p["mean"] for p in points.values()],
-                    [100 * p["std"] for p in points.values()], marker="o", capsize=4, label=way)
+    for way, by_n in results.items():
+        ax.errorbar(labels, [100 * p["mean"] for p in by_n.values()],
+                    [100 * p["std"] for p in by_n.values()], marker="o", capsize=4, label=way)
     ax.set(xscale="log", xlabel="labelled training images", ylabel="test accuracy, %",
            title=f"{data_name}: mean and standard deviation of {SEEDS} trainings")
-    ax.set_xticks([int(n) for n in points], list(points))
+    ax.set_xticks(labels, labels)
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend()
-    run.save(fig, "label_efficiency", "Where is pre-training ahead of the network from scratch?")
+    run.save(fig, name, "Where is pre-training ahead of the network from scratch?")
+    return run.finish({name: results}, common.table([
+        (f"test accuracy, %, {SEEDS} trainings; labels:", *labels),
+        *((way, *(f"{100 * p['mean']:.1f} +-{100 * p['std']:.1f}" for p in by_n.values()))
+          for way, by_n in results.items())]))
 
 
 # --------------------------------------------------------------------------- figures
@@ -487,22 +561,20 @@ def draw_per_class(run, models, data):
 
 def table3(models, left_out):
     """Table 3 as lines of text, the report's numbers in brackets."""
-    lines = [f"{'':16}{'test accuracy, %':>18}{'test loss':>16}{'training, s':>16}{'trained':>13}"]
+    rows = [("", "test accuracy, %", "test loss", "training, s", "parameters that learn, of all")]
     for name, (accuracy, loss, seconds) in TABLE3.items():
         if m := models.get(name):
-            lines.append(
-                f"{name:16}{100 * m['test_accuracy']:11.1f} ({accuracy}){m['test_loss']:9.3f}"
-                f" ({loss:.3f}){m['train_seconds']:9.0f} {f'({seconds})' if seconds else '':6}"
-                f"{m['trained_parameters']:>13,} of {m['parameters']:,} parameters")
-        elif name in left_out:
-            lines.append(f"{name:16}left out: {left_out[name]}")
-    return lines
+            rows.append((name, f"{100 * m['test_accuracy']:.1f} ({accuracy})",
+                         f"{m['test_loss']:.3f} ({loss:.3f})",
+                         f"{m['train_seconds']:.0f} ({seconds or '?'})",
+                         f"{m['trained_parameters']:,} of {m['parameters']:,}"))
+    return common.table(rows) + [f"{name} left out: {why}" for name, why in left_out.items()]
 
 
 # --------------------------------------------------------------------------- main
 
 
-def train_and_test(t, args, run, data, splits, imagenet):
+def train_and_test(t, args, run, data, splits, start):
     """All folds of one model; (its metrics, the network of its best fold by validation loss).
 
     test_accuracy and test_loss are means over the folds, all else is of the best one.
@@ -511,7 +583,7 @@ def train_and_test(t, args, run, data, splits, imagenet):
     for fold, (train, val) in enumerate(splits):
         train, val = ((data.x_train[idx], data.y_train[idx]) for idx in (train, val))
         model = fit(t, run, t.title + f", fold {fold + 1}" * (len(splits) > 1), (args.seed, fold),
-                    train, val, len(data.classes), imagenet)
+                    train, val, len(data.classes), start)
         # the one look at the test set: the weights of the best validation epoch
         logits = predict(model, data.x_test, t.mirror)
         best = run.rows[run.best["epoch"] - 1]
@@ -553,6 +625,8 @@ def main(argv=None):
     data = common.load_data(args)
     if args.labels:
         return label_efficiency(args, data)
+    if args.transfer:
+        return transfer(args, data)
     names, imagenet, left_out = list(TABLE3) if args.model == "all" else [args.model], None, {}
     splits = common.splits(data.y_train, args.folds, args.seed)
     if "resnet18" in names:
@@ -576,7 +650,8 @@ def main(argv=None):
     models = {}
     for name in names:
         t = settings(args, name)
-        models[name], model = train_and_test(t, args, run, data, splits, imagenet)
+        models[name], model = train_and_test(t, args, run, data, splits,
+                                             imagenet if name == "resnet18" else None)
     draw_per_class(run, models, data)
     return run.finish({"models": models, "left_out": left_out,
                        "epochs": {name: m["epochs"] for name, m in models.items()}},

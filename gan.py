@@ -99,7 +99,9 @@ def parse_args(argv=None):
                        help="the run of finetune.py whose CNN judges the samples; without it that "
                             "of `finetune.py --model cnn --epochs 8`, made first if need be")
     common.add_run_flags(parser)
-    return common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3}, modes=MODES)
+    return common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3}, modes=MODES,
+                        runs={"ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan",
+                              "judge": "finetune"})
 
 
 # --------------------------------------------------------------------------- model
@@ -255,7 +257,7 @@ def fit(args, run, part, seeds, x_train, judge, real_val):
                           steps=(epoch - 1) * math.ceil(len(x_train) / args.batch_size))
         # half as many samples as real images, in each epoch: only the epochs compare
         x = sample(ema, noise(len(real_val) // 2, args.noise_dim, 0, args.device))
-        distance = frechet_distance(features(judge, x), real_val)
+        distance = frechet_distance(finetune.encode(judge, x), real_val)
         run.end_epoch(score=distance, **row, val_frechet=distance,
                       images=sample(ema, noise(10, args.noise_dim, 1, args.device)))
     run.load_best(ema)
@@ -279,12 +281,6 @@ def noise(n, dim, seed, device="cpu"):
     --seed, so that two runs show the same vectors.
     """
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-@torch.no_grad()
-def features(judge, x):
-    """What the judge, a classifier, sees in x: its last hidden layer, (N, F)."""
-    return common.in_batches(judge.features, x)
 
 
 def frechet_distance(a, b):
@@ -335,7 +331,7 @@ def two_sample(real, fake, n=2000):
 @torch.no_grad()
 def judge_images(judge, x, real, real_x):
     """All metrics of images x against real ones real_x (as many) and their features."""
-    fake = features(judge, x)
+    fake = finetune.encode(judge, x)
     precision, recall = precision_recall(real, fake)
     logits = common.in_batches(judge, x)
     return {"frechet": frechet_distance(real, fake), "precision": precision, "recall": recall,
@@ -435,16 +431,16 @@ def ablate(args, data, seeds=2):
         for seed in ((args.seed + s) % 2**32 for s in range(seeds)):
             train, val = common.splits(data.y_train, 1, seed)[0]
             fit(common.with_flags(args, **change), run, f"{name}, seed {seed}", (seed,),
-                data.x_train[train], judge, features(judge, data.x_train[val]))
+                data.x_train[train], judge, finetune.encode(judge, data.x_train[val]))
             ends.append(run.rows[-1])
         ablation[name] = {**{k: statistics.mean(row[k] for row in ends) for k in (
             "val_frechet", "d_loss", "g_loss")}, "each": [row["val_frechet"] for row in ends]}
     draw_ablation(run, ablation, f"{data.name}, {args.epochs} epochs each")
-    return run.finish({"ablation": ablation}, [
-        f"{'Frechet distance, validation':30}{'mean':>8}{'each seed':>18}{'D':>8}{'G':>8}",
-        *(f"{name:30}{row['val_frechet']:8.1f}{' '.join(f'{v:.1f}' for v in row['each']):>18}"
-          f"{row['d_loss']:8.3f}{row['g_loss']:8.3f}" for name, row in sorted(
-              ablation.items(), key=lambda item: item[1]["val_frechet"]))])
+    best_first = sorted(ablation.items(), key=lambda item: item[1]["val_frechet"])
+    return run.finish({"ablation": ablation}, common.table([
+        ("Frechet distance, validation", "mean", "each seed", "D loss", "G loss"),
+        *((name, row["val_frechet"], " ".join(f"{v:.1f}" for v in row["each"]), row["d_loss"],
+           row["g_loss"]) for name, row in best_first)]))
 
 
 def draw_ablation(run, ablation, title):
@@ -463,40 +459,47 @@ def draw_ablation(run, ablation, title):
     run.save(fig, "ablation", "What lies in the grey band cannot be told from the recipe itself.")
 
 
-def samplers(folders, args, data):
+def shuffled(x, seed):
+    """x in another order."""
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)]
+
+
+def fit_density(codes, components, seed):
+    """A mixture of Gaussians for codes (N, D): an autoencoder has no noise to start from."""
+    return GaussianMixture(components, random_state=seed).fit(codes.cpu().double())
+
+
+def sample_density(net, density, n, seed):
+    """n images (n, 1, 28, 28) that an autoencoder decodes from draws of a density of its codes."""
+    density.random_state = seed
+    z = shuffled(torch.tensor(density.sample(n)[0]).float(), seed)  # sample() sorts its points
+    return vae.decode(net, z.to(next(net.parameters()).device))  # takes any net with a decoder
+
+
+def generators(folders, args, data):
     """{name: function of a seed -> n images}, from four finished runs; n: the size of the test set.
 
-    An autoencoder has no noise to start from: its codes get a density, one Gaussian or fifty.
+    Reconstructions and training images are no generators: they say what the numbers can reach.
     """
-    netA, netV = ae.load_run(folders["ae"]), vae.load_run(folders["vae"])
-    netA, netV = netA.to(args.device), netV.to(args.device)
+    netA, netV, ours, report = (script.load_run(folders[name]).to(args.device) for script, name in (
+        (ae, "ae"), (vae, "vae"), (sys.modules[__name__], "gan"),
+        (sys.modules[__name__], "gan-report")))
     n, x_train = len(data.x_test), data.x_train
-
-    def mixture(net, codes, components):
-        density = GaussianMixture(components, random_state=args.seed).fit(codes.cpu().double())
-
-        def draw(seed):
-            density.random_state = seed
-            z = torch.tensor(density.sample(n)[0]).float()
-            # sample() sorts its points. vae.decode needs a decoder only: both networks have one
-            return vae.decode(net, shuffled(z, seed).to(args.device))
-        return draw
-
-    def gan(folder):
-        netG = load_run(folder).to(args.device)
-        dim = netG.linear[0].in_features
-        return lambda seed: sample(netG, noise(n, dim, seed, args.device))
-
-    def shuffled(x, seed):
-        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)]
-
     print("fitting Gaussians to the codes of AE and VAE", flush=True)
     z_ae, z_vae = ae.encode(netA, x_train), vae.encode(netV, x_train)[0]
+    ae_1, ae_50, vae_50 = (fit_density(z, components, args.seed) for z, components in (
+        (z_ae, 1), (z_ae, 50), (z_vae, 50)))
+
+    def gan(netG, seed):
+        return sample(netG, noise(n, netG.linear[0].in_features, seed, args.device))
+
     return {
-        "AE, Gaussian": mixture(netA, z_ae, 1), "AE, 50 Gaussians": mixture(netA, z_ae, 50),
+        "AE, Gaussian": lambda seed: sample_density(netA, ae_1, n, seed),
+        "AE, 50 Gaussians": lambda seed: sample_density(netA, ae_50, n, seed),
         "VAE, prior": lambda seed: vae.decode(netV, noise(n, z_vae.shape[1], seed, args.device)),
-        "VAE, 50 Gaussians": mixture(netV, z_vae, 50),
-        "GAN, report": gan(folders["gan-report"]), "GAN, ours": gan(folders["gan"]),
+        "VAE, 50 Gaussians": lambda seed: sample_density(netV, vae_50, n, seed),
+        "GAN, report": lambda seed: gan(report, seed),
+        "GAN, ours": lambda seed: gan(ours, seed),
         "AE, reconstructions": lambda seed: ae.reconstruct(netA, shuffled(x_train, seed)[:n]),
         "VAE, reconstructions": lambda seed: vae.reconstruct(netV, shuffled(x_train, seed)[:n]),
         "training images": lambda seed: shuffled(x_train, seed)[:n]}
@@ -504,20 +507,17 @@ def samplers(folders, args, data):
 
 def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
+    run = common.Run(args, data)
+    judge = finetune.load_judge(args, data)
     this = sys.modules[__name__]
     needs = {"ae": (ae, [], 18), "vae": (vae, [], 4), "gan": (this, [], 47),
              "gan-report": (this, ["--recipe", "report"], 30)}  # script, flags, minutes
-    named = {name: folder for name in needs if (folder := getattr(args, name.replace("-", "_")))}
-    for name, folder in named.items():  # fails before the training if a name is wrong
-        common.read_config(folder, name.removesuffix("-report"))
-    run = common.Run(args, data)
-    judge = finetune.load_judge(args, data)
-    folders = {name: named.get(name) or common.trained(script, name, args, flags, minutes)
+    folders = {name: getattr(args, name.replace("-", "_"))
+               or common.trained(script, name, args, flags, minutes)
                for name, (script, flags, minutes) in needs.items()}
     rows, results = {}, {}
-    draws = samplers(folders, args, data)
-    real = features(judge, data.x_test)
-    for name, draw in draws.items():
+    real = finetune.encode(judge, data.x_test)
+    for name, draw in generators(folders, args, data).items():
         sets = [draw(seed) for seed in range(10, 13)]  # not the seed that chose the best epoch
         each = [judge_images(judge, x, real, data.x_test) for x in sets]
         results[name] = {key: each[0][key] for key in (
@@ -529,11 +529,11 @@ def compare(args, data):
     common.draw_rows(run, "generators", rows, 14, f"{data.name}: which model is the best "
                      "generator?", "Look for blur, and for kinds of clothes that are never made.")
     return run.finish({"samples": len(real), "generators": results, "runs": folders}, [
-        "mean of three sets of samples of one training each; 1-NN: how often real and generated "
-        "are told",
-        f"{'':22}{'Frechet':>9}{'precision':>11}{'recall':>8}{'1-NN real, generated':>24}",
-        *(f"{name:22}{r['frechet']:9.1f}{r['precision']:11.2f}{r['recall']:8.2f}"
-          f"{r['two_sample'][0]:18.2f}{r['two_sample'][1]:6.2f}" for name, r in results.items())])
+        "mean of three sets of samples of one training each; 1-NN: the share of real and of "
+        "generated", "images that are recognised", "", *common.table([
+            ("", "Frechet", "precision", "recall", "1-NN: real", "generated"),
+            *((name, r["frechet"], r["precision"], r["recall"], *r["two_sample"])
+              for name, r in results.items())])])
 
 
 # --------------------------------------------------------------------------- main
@@ -551,11 +551,11 @@ def main(argv=None):
     judge = finetune.load_judge(args, data)
     train, val = common.splits(data.y_train, 1, args.seed)[0]
     x_train, x_val = data.x_train[train], data.x_train[val]
-    real_val = features(judge, x_val)
+    real_val = finetune.encode(judge, x_val)
     netG, netD = fit(args, run, args.recipe, (args.seed,), x_train, judge, real_val)
 
     # the one look at the test set, with the weights of the best validation epoch
-    n, real = len(data.x_test), features(judge, data.x_test)
+    n, real = len(data.x_test), finetune.encode(judge, data.x_test)
     x = sample(netG, noise(n, args.noise_dim, 3, args.device))
     found = judge_images(judge, x, real, data.x_test)
     # the judge was trained on most of these, so this is not quite the floor of new images
@@ -565,7 +565,7 @@ def main(argv=None):
     near, near_test = (nearest(images, x_train)[1].median().item()
                        for images in (x[:1000], data.x_test[:1000]))
     draw_curves(run, run.rows, frechet_distance(
-        features(judge, x_train[:len(x_val) // 2]), real_val), data.name)
+        finetune.encode(judge, x_train[:len(x_val) // 2]), real_val), data.name)
     draw_samples(run, netG, data, x_train)
 
     last = run.rows[-1]  # table 2; the samples are those of the best epoch
@@ -576,16 +576,16 @@ def main(argv=None):
         "samples": n, "g_gradient": [run.rows[0]["g_gradient"], last["g_gradient"]],
         "val_frechet": run.best["score"], "best_epoch": run.best["epoch"],
         "noise_dim": args.noise_dim, "recipe": args.recipe,
-        "parameters": sum(p.numel() for net in (netG, netD) for p in net.parameters())}, [
-        f"{f'{n:,} samples, {n:,} test images':34}{'Frechet':>9}{'precision':>11}{'recall':>8}"
-        f"{'D loss':>9}{'G loss':>9}",
-        f"{'this GAN':34}{found['frechet']:9.1f}{found['precision']:11.2f}{found['recall']:8.2f}"
-        f"{last['d_loss']:9.3f}{last['g_loss']:9.3f}",
-        f"{'training images: the floor':34}{floor['frechet']:9.1f}{floor['precision']:11.2f}"
-        f"{floor['recall']:8.2f}",
-        f"{'the report':62}{1.36:9.2f}{0.72:9.2f}",
-        f"{'chance level, 2 ln 2 and ln 2':62}{CHANCE['d_loss']:9.3f}{CHANCE['g_loss']:9.3f}"],
-        netG)
+        "parameters": sum(p.numel() for net in (netG, netD) for p in net.parameters())},
+        common.table([
+            (f"{n:,} samples, {n:,} test images", "Frechet", "precision", "recall", "D loss",
+             "G loss"),
+            ("this GAN", found["frechet"], found["precision"], found["recall"], last["d_loss"],
+             last["g_loss"]),
+            ("training images: the floor", floor["frechet"], floor["precision"],
+             floor["recall"], None, None),
+            ("the report", None, None, None, 1.36, 0.72),
+            ("chance level, 2 ln 2 and ln 2", None, None, None, *CHANCE.values())]), netG)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def parse_args(argv=None):
                        help="maps of the encoder's two convolutions")
     group.add_argument("--decoder-filters", type=number(int, 1, 512), nargs=2, default=[32, 32],
                        help="maps that enter the decoder's two transposed convolutions")
-    common.add_training_flags(parser, RECIPES, epochs=8, batch_size=128, lr=0.008, augment="none")
+    common.add_training_flags(parser, RECIPES, epochs=6, batch_size=128, lr=0.008, augment="none")
     group = parser.add_argument_group("figures")
     group.add_argument("--start-class", metavar="NAME", help="class of the test image where "
                        "traversals start; without it Bag, the 8 of the digits, or the last class")
@@ -400,16 +400,19 @@ def draw_sweep(run, betas, models, tests, data, pca_mse):
     run.save(fig, "sweep", "Read the columns downwards: what gets lost first, what gets cleaner?")
 
 
-# --------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------- results
+
+COLUMNS = ("train_loss", "val_loss", "val_mse", "val_kl")  # of an epoch, to print
 
 
-def draw_all(run, model, test, rows, data, recon_pca):
-    """Figures 16 to 23 and what else shows one VAE; returns the 5-NN accuracies of its codes.
+def describe(run, model, beta, test, rows, data, x_train, x_val):
+    """Figures 16 to 23 and what else shows one VAE; returns its metrics.
 
-    test: what evaluate returns. rows: its epochs. recon_pca: the test images rebuilt by PCA.
+    test: what evaluate returns of the test images. rows: its epochs.
     """
-    args, beta = run.args, rows[0]["beta"]
+    args = run.args
     mu, _ = encode(model, data.x_test)
+    recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
     common.draw_reconstructions(run, "fig16_reconstructions", data, {
         "original": data.x_test, "VAE": decode(model, mu), "PCA": recon_pca})
     common.plot_curves(run, "fig17_loss", rows, {
@@ -424,14 +427,53 @@ def draw_all(run, model, test, rows, data, recon_pca):
     draw_samples(run, model, data, mu)
     if args.latent_dim == 2:
         draw_plane(run, model, mu, data)
-    return knn
+    return {**summary(model, beta, test), "knn_accuracy": knn,
+            "pca_mse": F.mse_loss(recon_pca, data.x_test).item(),
+            "train_mse": F.mse_loss(reconstruct(model, x_train), x_train).item(),
+            "val_mse": F.mse_loss(reconstruct(model, x_val), x_val).item(),
+            "latent_dim": args.latent_dim,
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
-def summary(model, test, beta):
-    """What metrics.json says of one network; test: what evaluate returns."""
+def summary(model, beta, test):
+    """The test numbers of one network, for metrics.json; test: what evaluate returns."""
     return {"beta": beta, "sigma": model.log_sigma.exp().item(),
             **{f"test_{k}": test[k] for k in ("mse", "kl", "elbo")},
             **{k: test[k] for k in ("active_units", "kl_per_dim", "total_correlation")}}
+
+
+def result_rows(names, tests, metrics):
+    """The result as rows of a table."""
+    return [("test images", "MSE", "KL, nats", "active units"),
+            *((f"VAE, {name}", t["mse"], t["kl"], t["active_units"])
+              for name, t in zip(names, tests, strict=True)),
+            (f"PCA, {metrics['latent_dim']} components", metrics["pca_mse"], None, None),
+            ("the report, latent 18", 0.014, None, None)]
+
+
+# --------------------------------------------------------------------------- sweep
+
+
+def sweep(args, data):
+    """One training per beta, from the same draws; returns the metrics. Main numbers: of --beta."""
+    x_train, x_val = (data.x_train[idx] for idx in common.splits(data.y_train, 1, args.seed)[0])
+    run = common.Run(args, data, columns=COLUMNS)
+    models, tests, rows = [], [], []
+    for beta in args.sweep:
+        models.append(fit(common.with_flags(args, beta=beta), run, f"beta {beta:.10g}",
+                          (args.seed, 0), x_train, x_val))
+        tests.append(evaluate(models[-1], data.x_test, beta))
+        rows.append(run.rows)
+    shown = args.sweep.index(args.beta) if args.beta in args.sweep else -1
+    metrics = describe(run, models[shown], args.sweep[shown], tests[shown], rows[shown], data,
+                       x_train, x_val)
+    metrics["sweep"] = [summary(*three) for three in zip(models, args.sweep, tests, strict=True)]
+    draw_sweep(run, args.sweep, models, tests, data, metrics["pca_mse"])
+    return run.finish(metrics, common.table(result_rows(
+        [f"beta {beta:g}" for beta in args.sweep], tests, metrics)), models[shown])
+
+
+# --------------------------------------------------------------------------- main
 
 
 def main(argv=None):
@@ -439,55 +481,24 @@ def main(argv=None):
     args = parse_args(argv)
     data = common.load_data(args)
     start_class(args, data)  # fails before the training if the name is wrong
-    splits = common.splits(data.y_train, args.folds, args.seed)
-    # what is trained: a VAE per fold, or in a sweep one per beta, from the same draws
     if args.sweep:
-        trainings = [(f"beta {beta:.10g}", beta, 0) for beta in args.sweep]
-    else:
-        trainings = [(f"fold {fold + 1}", args.beta, fold) for fold in range(args.folds)]
-    run = common.Run(args, data, columns=("train_loss", "val_loss", "val_mse", "val_kl"))
+        return sweep(args, data)
+    run = common.Run(args, data, columns=COLUMNS)
+    tests, val = [], []
+    for fold, split in enumerate(common.splits(data.y_train, args.folds, args.seed)):
+        x_train, x_val = (data.x_train[idx] for idx in split)
+        model = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
+        val.append(evaluate(model, x_val, args.beta)["mse"])
+        tests.append(evaluate(model, data.x_test, args.beta))  # the one look at the test set
 
-    models, rows = [], []
-    for part, beta, fold in trainings:
-        x_train, x_val = (data.x_train[idx] for idx in splits[fold])
-        flags = common.with_flags(args, beta=beta)
-        models.append(fit(flags, run, part, (args.seed, fold), x_train, x_val))
-        rows.append(run.rows)
-    # the one look at the test set, with each training's weights of its best validation epoch
-    tests = [evaluate(model, data.x_test, beta) for model, (_, beta, _) in zip(
-        models, trainings, strict=True)]
-
-    # figures and main numbers are those of --beta in a sweep, else of the last training; x_train
-    # and x_val are the last one's
-    shown = args.sweep.index(args.beta) if args.beta in (args.sweep or ()) else -1
-    model, beta = models[shown], trainings[shown][1]
-    recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
-    pca_mse = F.mse_loss(recon_pca, data.x_test).item()
-    knn = draw_all(run, model, tests[shown], rows[shown], data, recon_pca)
-    metrics = {**summary(model, tests[shown], beta), "pca_mse": pca_mse, "knn_accuracy": knn,
-               "train_mse": F.mse_loss(reconstruct(model, x_train), x_train).item(),
-               "val_mse": F.mse_loss(reconstruct(model, x_val), x_val).item(),
-               "latent_dim": args.latent_dim,
-               "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    # figures and the other numbers are those of the last fold
+    metrics = describe(run, model, args.beta, tests[-1], run.rows, data, x_train, x_val)
     if args.folds > 1:
-        each, val = [t["mse"] for t in tests], [min(r, key=lambda e: e["val_loss"])["val_mse"]
-                                                 for r in rows]
+        each = [t["mse"] for t in tests]
         metrics |= {"folds": args.folds, "fold_test_mse": each, "fold_val_mse": val,
                     "test_mse": statistics.mean(each), "test_mse_std": statistics.stdev(each)}
-    if args.sweep:
-        draw_sweep(run, args.sweep, models, tests, data, pca_mse)
-        metrics["sweep"] = [summary(*three) for three in zip(
-            models, tests, args.sweep, strict=True)]
-    return run.finish(metrics, table(trainings, tests, pca_mse, args), model)
-
-
-def table(trainings, tests, pca_mse, args):
-    """The result as lines of text."""
-    return [f"{'test images':28}{'MSE':>8}{'KL, nats':>10}{'active units':>14}",
-            *(f"{'VAE, ' + part:28}{t['mse']:8.4f}{t['kl']:10.1f}{t['active_units']:>14}"
-              for (part, *_), t in zip(trainings, tests, strict=True)),
-            f"{f'PCA, {args.latent_dim} components':28}{pca_mse:8.4f}",
-            f"{'the report, latent 18':28}{0.014:8.3f}"]
+    names = [f"fold {fold + 1}" for fold in range(args.folds)]
+    return run.finish(metrics, common.table(result_rows(names, tests, metrics)), model)
 
 
 if __name__ == "__main__":

@@ -59,13 +59,13 @@ def finished(trials):
 
 def in_trial(number, change, monkeypatch):
     """Let change() happen at the end of each epoch of trial number."""
-    end_epoch = ae.TrialRun.end_epoch
+    report = optuna.Trial.report
 
-    def spy(run, **row):
-        if run.trial.number == number:
+    def spy(trial, *cost):
+        if trial.number == number:
             change()
-        end_epoch(run, **row)
-    monkeypatch.setattr(ae.TrialRun, "end_epoch", spy)
+        report(trial, *cost)
+    monkeypatch.setattr(optuna.Trial, "report", spy)
 
 
 # --------------------------------------------------------------------------- search
@@ -132,16 +132,16 @@ def test_price(untrained):
 
 def test_pruned_and_failed_trials_do_not_end_the_study(untrained, monkeypatch, capsys):
     """A loss that is nan ends the search, or counts; a hopeless trial is trained to the end."""
-    epochs = iter(range(100))
-    monkeypatch.setattr(ae, "train_epoch", lambda *args: (
-        float("nan") if next(epochs) == 4 else 1.0))  # the second epoch of trial 1
+    epochs, evaluate = iter(range(100)), ae.evaluate
+    monkeypatch.setattr(ae, "evaluate", lambda *args: (  # from the second epoch of trial 1 on
+        float("nan") if next(epochs) in (4, 5) else evaluate(*args)))
     should_prune = optuna.trial.Trial.should_prune
     monkeypatch.setattr(optuna.trial.Trial, "should_prune",
                         lambda trial: trial.number == 2 or should_prune(trial))
     trials = ae.main([*SEARCH, "--storage", "j"])["trials"]
     assert states(journal("j")) == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE", "COMPLETE"]
     assert [trial["state"] for trial in trials[:3]] == ["complete"] * 3
-    assert {trial["trial"]: trial["epochs"] for trial in trials} == {0: 3, 1: 1, 2: 1, 3: 3, 4: 3}
+    assert {trial["trial"]: trial["epochs"] for trial in trials} == {0: 3, 1: 3, 2: 1, 3: 3, 4: 3}
     assert "trial 1: fail, 1 of 4 finished" in capsys.readouterr().out
 
 
@@ -157,7 +157,7 @@ def test_the_pruner_waits_for_the_peak_of_the_rate(untrained, monkeypatch):
 
 def test_a_search_without_a_complete_trial(untrained, monkeypatch, fails):
     """Endless trials where every one diverges, or a traceback for want of a best."""
-    monkeypatch.setattr(ae, "train_epoch", lambda *args: float("nan"))
+    monkeypatch.setattr(ae, "evaluate", lambda *args: float("nan"))
     assert "not one trial" in fails(1, ae.main, [*FAST, "--tune", "1", "--storage", "j"])
     assert states(journal("j")) == ["FAIL"] * 10
 
@@ -201,9 +201,8 @@ def test_two_workers_one_killed(monkeypatch):
             other.kill()
             other.wait()
             seen.append(journal("j"))
-    end_epoch = ae.TrialRun.end_epoch
-    monkeypatch.setattr(ae.TrialRun, "end_epoch", lambda run, **row: (
-        kill(), end_epoch(run, **row)))
+    report = optuna.Trial.report
+    monkeypatch.setattr(optuna.Trial, "report", lambda *args: (kill(), report(*args)))
     monkeypatch.setattr(ae, "draw_search", lambda *args: None)
     trials = ae.main([*command, "a"])["trials"]
     other.stdout.close()
