@@ -302,20 +302,39 @@ def draw_kernels(run, model, data_name):
 
 @torch.no_grad()
 def draw_activations(run, model, data):
-    """Figures 12 to 15: what each block makes of one pullover (digits: of one 2)."""
+    """Figures 12 to 15: what each block makes of one pullover (digits: of one 2); all as one."""
     model.eval()
+    encoder, decoder = model.encoder, model.decoder
     shown = min(2, len(data.classes) - 1)
     x = data.x_test[data.y_test == shown][:1]  # (1, 1, 28, 28)
-    x1 = model.encoder.block1(x)
-    x2 = model.encoder.block2(x1)
-    x3 = model.decoder.block1(model.decoder.linear(model.encoder.linear(x2)))
-    x4 = model.decoder.block2(x3)
+    x1 = encoder.block1(x)
+    x2 = encoder.block2(x1)
+    z = encoder.linear(x2)
+    x3 = decoder.block1(decoder.linear(z))
+    x4 = decoder.block2(x3)
     names = ("encoder_block1", "encoder_block2", "decoder_block1", "decoder_block2")
     for number, (name, maps) in enumerate(zip(names, (x1, x2, x3, x4), strict=True), start=12):
         draw_maps(run, f"fig{number}_{name}_activations", maps[0], 8,
                   f"{data.name}, a test {data.classes[shown]}: activations after {name}, "
                   f"{maps.shape[1]} maps of {maps.shape[2]}x{maps.shape[3]}",
                   "Can you still see what it is? What does each map answer to?")
+
+    rows = {"image": x[0], "kernels of\nencoder_conv1": encoder.block1[0].weight[:, 0],
+            "their maps after\nencoder_block1": x1[0], "encoder_block2": x2[0], "code z": z[0],
+            "decoder_block1": x3[0], "decoder_block2": x4[0],
+            "image rebuilt": torch.sigmoid(decoder.out(x4))[0]}
+    fig = Figure(figsize=(9, 9), layout="constrained")
+    for ax, (label, maps) in zip(fig.subplots(len(rows), 1), rows.items(), strict=True):
+        maps = maps.cpu()
+        if maps.ndim == 1:
+            ax.bar(range(len(maps)), maps.numpy())
+        else:  # the first ten maps
+            grid = make_grid(maps[:10, None], nrow=10, padding=1, pad_value=float("nan"))[0]
+            ax.imshow(grid.numpy(), cmap="gray" if "image" in label else "viridis")
+        ax.set(xticks=[], yticks=[], frame_on=False)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center")
+    fig.suptitle(f"{data.name}: the journey of a test {data.classes[shown]} through the network")
+    run.save(fig, "journey", "Where does the picture stop being one, and where is it one again?")
 
 
 # --------------------------------------------------------------------------- search

@@ -93,6 +93,28 @@ def draw_stand_ins():
             shutil.copy(f"{folder}/run/{name}.png", RESULTS / "finetune")
 
 
+def draw_recipes():
+    """Figure 24 for both recipes of gan.py, from their logs in results/."""
+    fig = Figure(figsize=(9.5, 3.8), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    for color, name, title in (("C1", "gan-report", "report's recipe"), ("C0", "gan", "ours")):
+        log = (RESULTS / name / "log.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in log]
+        epochs = [row["epoch"] for row in rows]
+        left.plot(epochs, [row["d_loss"] for row in rows], color=color, label=f"D, {title}")
+        left.plot(epochs, [row["g_loss"] for row in rows], color=color, ls="--",
+                  label=f"G, {title}")
+        right.plot(epochs, [row["val_frechet"] for row in rows], color=color, label=title)
+    for value in gan.CHANCE.values():
+        left.axhline(value, color="gray", lw=1, zorder=0)
+    left.set(ylim=0, xlabel="epoch", ylabel="loss", title="The losses of both come near chance level")
+    right.set(ylim=0, xlabel="epoch", ylabel="Frechet distance, validation",
+              title="The samples of one are still far off")
+    left.legend(fontsize=8)
+    right.legend()
+    Folder(RESULTS / "gan").save(fig, "recipes")
+
+
 def draw_strip(runs, data):
     """The picture on top of the README: test images, four models, and a map of the test set."""
     first = [(data.y_test == c).nonzero()[i].item() for i in range(2) for c in range(10)][:12]
@@ -129,6 +151,7 @@ def main():
     copy_runs(runs)
     draw_finetune(data)
     draw_stand_ins()
+    draw_recipes()
     draw_strip(runs, data)
 
 

@@ -4,7 +4,9 @@ import shutil
 import subprocess
 import sys
 
+import common
 import pytest
+import vae
 from conftest import ROOT
 
 CHANGES = {
@@ -32,31 +34,42 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("names", [
-    ["third block"], ["own images"], ["Bernoulli", "one more number"]])
-def test_change(names, tmp_path):
-    """A change that the README promises and that does not train, or an old run that goes on."""
-    name = names[0]
+RUN = [sys.executable, "-c", "import common, vae; common.Run.save = lambda *args: None; "  # drawing
+       "common.draw_latent = lambda *args, **more: {}; common.start(vae.main)"]  # takes most time
+
+
+def change(folder, *names):
+    """A copy of the scripts in folder, with these changes."""
     for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    quick = "" if name == "own images" else (  # drawing takes most of the time
-        "common.Run.save = lambda *args: None; common.draw_latent = lambda *args, **more: {}; ")
-    run = [sys.executable, "-c", f"import common, vae; {quick}common.start(vae.main)"]
-    fast = ["--fast", "--epochs", "1", "--device", "cpu", "--out-dir"]
-    if name == "third block":  # a run from before the change
-        subprocess.run([*run, *fast, "old"], cwd=tmp_path, check=True, capture_output=True)
+        shutil.copy(file, folder)
     for script, edits in map(CHANGES.get, names):
-        text = (tmp_path / script).read_text()
+        text = (folder / script).read_text()
         for old, new in edits.items():
             assert text.count(old) == 1
             text = text.replace(old, new)
-        (tmp_path / script).write_text(text)
-    subprocess.run([*run, *fast, "new"], cwd=tmp_path, check=True, capture_output=True)
-    if name == "third block":
-        again = subprocess.run([*run, "--resume", "old"], cwd=tmp_path, capture_output=True,
-                               text=True)
-        assert again.returncode == 2
-        assert "changed" in again.stderr and "another version" in again.stderr
+        (folder / script).write_text(text)
+
+
+@pytest.mark.parametrize("names", [["third block", "Bernoulli", "one more number"], ["own images"]])
+def test_changes(names, tmp_path):
+    """A change that the README promises and that does not train."""
+    change(tmp_path, *names)
+    subprocess.run([*RUN, "--fast", "--epochs", "1", "--device", "cpu"], cwd=tmp_path, check=True,
+                   capture_output=True)
+
+
+def test_a_run_from_before_the_change_is_refused(tmp_path):
+    """An old run that goes on with another network."""
+    args = vae.parse_args(["--fast", "--data", "digits", "--device", "cpu", "--out-dir", "old"])
+    run = common.Run(args, common.load_data(args))
+    run.resume("fold 1", model=vae.build(args))
+    run.end_epoch(score=1.0)
+    shutil.move("old", tmp_path / "old")
+    change(tmp_path, "third block")
+    again = subprocess.run([*RUN, "--resume", "old", "--device", "cpu"], cwd=tmp_path,
+                           capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "changed" in again.stderr and "another version" in again.stderr
 
 
 def test_the_readme_shows_these_lines():
