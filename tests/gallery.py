@@ -10,6 +10,7 @@ take ImageNet weights, from stand-in weights, which their titles say.
 
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -47,8 +48,8 @@ class Folder:
 def copy_runs(runs):
     """metrics.json, log.jsonl and figures of every finished run; figures in 256 colours."""
     for folder in sorted(runs.glob("*/")):
-        if "-seed0-" in folder.name or not (folder / "metrics.json").exists():
-            continue  # a judge or an encoder; unfinished
+        if re.search(r"-seed\d+-", folder.name) or not (folder / "metrics.json").exists():
+            continue  # made by common.trained, a judge or an encoder; or unfinished
         target = RESULTS / folder.name
         target.mkdir(exist_ok=True)
         for file in [folder / "metrics.json", folder / "log.jsonl"]:

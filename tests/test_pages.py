@@ -95,6 +95,18 @@ def test_verdicts(page, word, sides):
     assert ("not seen" in word.lower()) == overlap
 
 
+def test_stability():
+    """The numbers of vae.md's claim 2, which no metrics.json has."""
+    changes = []
+    for name in (*sorted(seeds("ae-as-vae")), *sorted(seeds("vae"))):
+        log = (ROOT / "results" / name / "log.jsonl").read_text().splitlines()
+        mse = [json.loads(line)["val_mse"] for line in log][2:]
+        assert len(mse) == 4 and mse == sorted(mse, reverse=True)
+        changes.append(100 * mean(abs(b - a) / a for a, b in zip(mse, mse[1:], strict=False)))
+    text = "{:.1f}, {:.1f} and {:.1f} % for the autoencoder and {:.1f}, {:.1f} and {:.1f} % for the"
+    assert text.format(*changes) in " ".join((ROOT / "results/vae.md").read_text().split())
+
+
 def test_the_diff_is_as_long_as_the_readme_says():
     """A README that no longer describes the scripts."""
     ae, vae = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("ae", "vae"))
