@@ -76,7 +76,7 @@ SETTINGS = {  # of each model, by recipe; flags go before them
                 "weight_decay": 5e-5, "augment": "report"}},
 }
 MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder")),
-         "transfer": common.Mode(takes=("epochs", "batch_size"))}
+         "transfer": common.Mode(takes=("model", "epochs", "batch_size"))}
 
 
 def parse_args(argv=None):
@@ -95,8 +95,8 @@ def parse_args(argv=None):
                        help="what N labelled images are worth to a classifier on the encoder's "
                             "codes, to the fine-tuned encoder, and from scratch; three times each")
     group.add_argument("--transfer", action="store_true",
-                       help="do the CNN and ResNet18, trained on half of the classes, learn the "
-                            "other half from fewer labels? three times each")
+                       help="do the CNN and ResNet18 (or --model), trained on half of the classes, "
+                            "learn the other half from fewer labels? three times each")
     group = parser.add_argument_group("models")
     group.add_argument("--encoder", type=common.path, metavar="DIR",
                        help="the run of ae.py that ae starts from; without it that of plain "
@@ -413,7 +413,7 @@ def label_efficiency(args, data):
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
     args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=18)
     net_ae = ae.load_run(args.encoder).to(args.device)
-    net_vae = vae.load_run(common.trained(vae, "vae", args, [], minutes=4)).to(args.device)
+    net_vae = vae.load_run(common.trained(vae, "vae", args, [], minutes=7)).to(args.device)
     encoders = {"probe on AE codes": lambda x: ae.encode(net_ae, x),
                 "probe on VAE codes": lambda x: vae.encode(net_vae, x)[0]}
     val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
@@ -453,9 +453,9 @@ def transfer(args, data):
         return x[keep], y[keep] - half * new
 
     points = defaultdict(list)
-    for name in ("cnn", "resnet18-random"):
+    for name in ("cnn", "resnet18-random") if args.model == "all" else (args.model,):
         t = settings(args, name)
-        t.train, t.epochs = "all", args.epochs or 3
+        t.train, t.epochs, t.batch_size = "all", args.epochs or 3, args.batch_size or 32
         for seed in range(args.seed, args.seed + SEEDS):
             split = [(data.x_train[i], data.y_train[i])
                      for i in common.splits(data.y_train, 1, seed)[0]]
@@ -467,14 +467,15 @@ def transfer(args, data):
             classes = len(data.classes) - half
             for n in [n for n in (50, 500, 5000) if n <= len(pool[0])] or [len(pool[0])]:
                 idx = label_subset(pool[1], n, seed)
+                train = pool[0][idx], pool[1][idx]
                 points[f"{name}, frozen", n].append(probe(
-                    lambda x, net=before: encode(net, x),
-                    (pool[0][idx], pool[1][idx]), val, test))
-                idx = idx.repeat(math.ceil(len(pool[0]) / 24 / n))  # so that an epoch has steps enough
+                    lambda x, net=before: encode(net, x), train, val, test))
+                times = math.ceil(len(pool[0]) / 16 / n)  # so that an epoch has steps enough
+                train = train[0].repeat(times, 1, 1, 1), train[1].repeat(times)
                 for way, weights in (("fine-tuned", start), ("from scratch", None)):
                     points[f"{name}, {way}", n].append(fit_best(
                         TRANSFER, t, run, f"{name}, {n}, {way}, {seed}", (seed, 1),
-                        ((pool[0][idx], pool[1][idx]), val, test), classes, weights))
+                        (train, val, test), classes, weights))
     return finish_points(run, points, "transfer", data.name)
 
 

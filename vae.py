@@ -10,9 +10,9 @@ Section 2 of the report: a variational autoencoder, its latent space, traversals
     python vae.py --latent-dim 2 --hidden 48 --epochs 16 --lr 0.006 --batch-size 64
                                         a latent space that fits on paper
 
-FashionMNIST test images (results/vae*), three seeds: MSE .0112 at beta 1 (PCA .0195), KL 48 nats, all
-18 latents active, 80,454 parameters; .0117 and 30 nats at beta 4, in 156 seconds alone on 2 cores;
-one seed: latent 2 .0256 (PCA .0461). Each run writes to a new folder in runs/.
+FashionMNIST test images (results/vae*), three seeds: MSE .0112 at beta 1 (PCA .0195), KL 48 nats,
+all 18 latents active, 80,454 parameters; .0117 and 30 nats at beta 4, in 156 seconds alone on 2
+cores. One seed: latent 2 .0256 (PCA .0461). Each run writes to a new folder in runs/.
 """
 
 import math

@@ -108,7 +108,8 @@ def draw_recipes():
         right.plot(epochs, [row["val_frechet"] for row in rows], color=color, label=title)
     for value in gan.CHANCE.values():
         left.axhline(value, color="gray", lw=1, zorder=0)
-    left.set(ylim=0, xlabel="epoch", ylabel="loss", title="The losses of both come near chance level")
+    left.set(ylim=0, xlabel="epoch", ylabel="loss",
+             title="The losses of both come near chance level")
     right.set(ylim=0, xlabel="epoch", ylabel="Frechet distance, validation",
               title="The samples of one are still far off")
     left.legend(fontsize=8)
