@@ -8,7 +8,7 @@ Section 5 of the report: its four classifiers, confusion matrices, and what labe
     python finetune.py --model ae --train head  a linear probe: the encoder stays frozen
     python finetune.py --model resnet18-random --train all
                                                 what ResNet18 can do when nothing is frozen
-    python finetune.py --labels 100 1000 10000 48000
+    python finetune.py --labels 100 1000 10000
                                                 accuracy against the number of labels
     python finetune.py --transfer               half of the classes first: does it help the others?
     python finetune.py --recipe report          the report's own settings

@@ -42,13 +42,19 @@ def seeds(run):
     return [name for name in RUNS if re.fullmatch(rf"{re.escape(run)}(-seed\d+)?", name)]
 
 
+def trainings(run, key):
+    """The values of a key, of a run with each of its seeds, or a list of them that one run has."""
+    values = [look_up(name, key) for name in seeds(run)]
+    return values[0] if isinstance(values[0], list) else values
+
+
 def measured(source):
     """The number that a comment in a page names."""
     words = source.split()
     scale = float(words.pop()[1:]) if re.fullmatch(r"x[\d.]+", words[-1]) else 1
     if words[0] in ("mean", "std"):
         how, run, key = words[0], words[1], " ".join(words[2:])
-        values = [look_up(name, key) for name in seeds(run)]
+        values = trainings(run, key)
         return scale * {"mean": mean, "std": stdev}[how](values)
     run, key = words[0], " ".join(words[1:])
     return scale * look_up(run, key)
@@ -85,9 +91,7 @@ def test_there_are_numbers():
     for m in VERDICT.finditer(page.read_text())])
 def test_verdicts(page, word, sides):
     """A verdict that says more than its data: one seed, or spreads that overlap."""
-    run_a, key_a, run_b, key_b = sides.split()
-    a, b = ([look_up(name, key) for name in seeds(run)] for run, key in (
-        (run_a, key_a), (run_b, key_b)))
+    a, b = (trainings(*side.split(maxsplit=1)) for side in sides.split(" / "))
     if min(len(a), len(b)) < 2:
         assert "hint" in word.lower() or "cannot be told" in word.lower()
         return
