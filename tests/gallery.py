@@ -57,8 +57,11 @@ def copy_runs(runs):
                 shutil.copy(file, target)
         if "-seed" not in folder.name:  # pictures of one seed are enough
             for file in folder.glob("*.png"):
-                Image.open(file).convert("RGB").quantize(256).save(target / file.name,
-                                                                   optimize=True)
+                for colors in (256, 64):
+                    Image.open(file).convert("RGB").quantize(colors).save(target / file.name,
+                                                                          optimize=True)
+                    if (target / file.name).stat().st_size < 500_000:
+                        break
 
 
 def draw_finetune(data):
