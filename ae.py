@@ -221,7 +221,7 @@ def make_optimizer(model, args, n):
 
 
 def fit(args, run, part, seeds, x_train, x_val):
-    """Train a network on x_train (N, 1, 28, 28) as one part of the run; returns its best epoch's.
+    """Train a network on x_train (N, 1, 28, 28) as one part of the run; returns its best.
 
     seeds: numbers that, with the epoch, decide every draw.
     """
@@ -392,8 +392,8 @@ def tune(args, data):
     def objective(trial):
         # all draws follow from the seed and the trial's number: with one seed for all, workers
         # that start together and searches that go on would try the same points
-        study.sampler = optuna.samplers.TPESampler(
-            seed=common.seed_everything(args.seed, trial.number).initial_seed())
+        rng = common.seed_everything(args.seed, trial.number)  # of the first weights too
+        study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())
         values = suggest(trial)
         print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
         flags = common.with_flags(args, **values)

@@ -1,7 +1,7 @@
 """What the scripts share: flags, data, splits, seeds, augmentation, the run's folder, plotting.
 
 Worth reading are `seed_everything`, `splits`, `batches`, `augment` and `pca_reconstruct`; the rest
-is machinery that no training depends on. Exit status of every script: 0 done, 1 the training
+is machinery. Exit status of every script: 0 done, 1 the training
 failed (a loss that is not finite, a full disk), 2 wrong input, 130 interrupted; each but the first
 with one line on stderr.
 """
@@ -209,10 +209,7 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=(), 
         for flag in sorted(others):
             parser.error(f"--{flag.replace('_', '-')} "
                          f"{'does not go' if name == mode else 'goes only'} with --{name}")
-    for flag, made_by in (runs or {}).items():  # a wrong name fails here, not after a training
-        if getattr(args, flag):
-            read_config(getattr(args, flag), made_by)
-    args.device = pick_device(args.device)
+    args.device, args.runs = pick_device(args.device), runs or {}
     args.script, args.typed = script, argv is None  # typed: not called by another script
     return args
 
@@ -325,8 +322,8 @@ def seed_everything(*numbers):
     """Seed torch's global generators (first weights, dropout); return a CPU generator.
 
     The generator is for all that is drawn by hand (order, augmentation, noise): on the CPU, so that
-    it does not depend on the device. An epoch calls this with (seed, fold, epoch): its draws follow
-    from these three numbers alone, so an interrupted run repeats them without stored states.
+    it does not depend on the device. An epoch calls this with the seeds and its number: its draws
+    follow from these numbers alone, so an interrupted run repeats them without stored states.
     SeedSequence mixes the numbers; adding them up would make seed 1, epoch 2 draw like seed 2,
     epoch 1.
     """
@@ -503,13 +500,14 @@ def load_checkpoint(file, things):
 
 
 def digest(script):
-    """Six letters that change when a training of this script may: with its classes and functions.
+    """Six letters that change with a script's classes, functions and constants: a training may.
 
-    Not with comments, and not with what only draws or prints.
+    Not with comments, with functions that only draw, or with common.py.
     """
     tree = ast.parse((Path(__file__).parent / f"{script}.py").read_text(encoding="utf-8"))
-    code = [ast.dump(node) for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)
-            and not node.name.startswith(("draw_", "print_", "main"))]
+    kinds = ast.ClassDef | ast.FunctionDef | ast.Assign
+    code = [ast.dump(node) for node in tree.body if isinstance(node, kinds)
+            and not getattr(node, "name", "").startswith(("draw_", "main"))]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:6]
 
 
@@ -530,14 +528,19 @@ class Run:
     def __init__(self, args, data, columns=()):
         """columns: the numbers of an epoch to print; log.jsonl has all of them."""
         self.args, self.columns, self.history, self.captions = args, columns, [], {}
+        self.width = 22 + 13 * (4 - len(columns))  # of the part's name: 100 columns in all
+        for flag, made_by in args.runs.items():  # a wrong name fails here, not after a training
+            name = getattr(args, flag)
+            if name and read_config(name, made_by)["data"] != args.data:
+                fail(f"{name} is a run on other data than {args.data}")
         machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
                    + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
         modules = (torch, torchvision, np, sklearn, matplotlib)
         self.config = {
             "script": args.script, "command": shell("python", f"{args.script}.py", *args.argv),
             "argv": args.argv, "data": args.data, "seed": args.seed, "device": args.device,
-            "flags": {k: v for k, v in vars(args).items()
-                      if k not in ("argv", "begun", "script", "typed", "out_dir", "resume")},
+            "flags": {k: v for k, v in vars(args).items() if k not in (
+                "argv", "begun", "script", "typed", "runs", "out_dir", "resume")},
             "machine": machine, "source": digest(args.script),
             "versions": {"python": platform.python_version(),
                          **{m.__name__: str(m.__version__) for m in modules}}}
@@ -585,7 +588,7 @@ class Run:
             rest = load_checkpoint(self.checkpoint, things)
             self.rows, self.images, self.best = rest["rows"], rest["images"], rest["best"]
         if not self.history:
-            print(f"{'part':22}{'epoch':>9}", *(f"{c:>12}" for c in self.columns),
+            print(f"{'part':{self.width}}{'epoch':>9}", *(f"{c:>12}" for c in self.columns),
                   f"{'seconds':>8}{'left':>8}")
         self.history += self.rows
         self.clock = time.perf_counter()
@@ -611,7 +614,7 @@ class Run:
                         best=self.best)
         self.write_log()
         left = (self.epochs - epoch) * seconds
-        print(f"{self.part:22.22}{f'{epoch}/{self.epochs}':>9}", *(
+        print(f"{self.part:{self.width}.{self.width}}{f'{epoch}/{self.epochs}':>9}", *(
             f"{row[c]:12.5g}" if c in row else f"{'':12}" for c in self.columns),
             f"{seconds:8.1f}{left // 60:5.0f}:{left % 60:02.0f}", flush=True)
         self.clock = time.perf_counter()

@@ -76,7 +76,7 @@ SETTINGS = {  # of each model, by recipe; flags go before them
                 "weight_decay": 5e-5, "augment": "report"}},
 }
 MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder")),
-         "transfer": common.Mode(takes=("model", "epochs", "batch_size"))}
+         "transfer": common.Mode(takes=("model", "epochs"))}
 
 
 def parse_args(argv=None):
@@ -111,6 +111,8 @@ def parse_args(argv=None):
     parser.epilog = "--epochs, --batch-size, --lr, --augment: without them see SETTINGS"
     args = common.parse(parser, "finetune", argv, recipes={name: {} for name in SETTINGS},
                         fast={"epochs": 2}, modes=MODES, runs={"encoder": "ae"})
+    if args.transfer and args.model in ("ae", "resnet18"):
+        parser.error("--transfer goes with --model cnn or resnet18-random")
     for flag, models in {"train": ("all", "ae", "resnet18", "resnet18-random"),
                          "scratch": ("all", "ae"), "encoder": ("all", "ae"),
                          "weights": ("all", "resnet18")}.items():
@@ -200,7 +202,7 @@ def build(args, classes, start=None):
     model.trained: its modules that learn; the others are frozen.
     """
     if args.model == "ae":
-        net = ae.load_run(args.encoder) if args.encoder else ae.build(ae.parse_args([]))
+        net = ae.load_run(args.encoder) if args.encoder else ae.Autoencoder()
         encoder = net.encoder
         if args.scratch:  # the same layers with new weights and statistics
             for module in encoder.modules():
@@ -280,7 +282,7 @@ def train_epoch(model, x, y, optimizer, schedule, args, rng):
 
 
 def fit(args, run, part, seeds, train, val, classes, start=None):
-    """Train args.model as one part of the run; returns its best epoch's network.
+    """Train args.model as one part of the run; returns the network of its best epoch.
 
     train, val: (x, y) each. seeds: numbers that, with the epoch, decide every draw. start: see
     build.
@@ -448,21 +450,23 @@ def transfer(args, data):
                     f"{len(data.classes)}")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
 
-    def part(x, y, new):  # the images of the second half of the classes, or of the first
-        keep = (y >= half) if new else (y < half)
-        return x[keep], y[keep] - half * new
+    def half_of(x, y, new):  # the images of the second half of the classes, or of the first
+        keep = ((y >= half) if new else (y < half)).nonzero()[:, 0]
+        keep = keep[:len(keep) // 2 * 2]  # even: BatchNorm cannot take a last batch of one image
+        return x[keep], y[keep] - (half if new else 0)
 
     points = defaultdict(list)
     for name in ("cnn", "resnet18-random") if args.model == "all" else (args.model,):
         t = settings(args, name)
-        t.train, t.epochs, t.batch_size = "all", args.epochs or 3, args.batch_size or 32
+        t.train, t.epochs, t.batch_size = "all", args.epochs or 3, 32
         for seed in range(args.seed, args.seed + SEEDS):
             split = [(data.x_train[i], data.y_train[i])
                      for i in common.splits(data.y_train, 1, seed)[0]]
             before = fit(t, run, f"{name}, first classes, {seed}", (seed, 0),
-                         *(part(*xy, new=False) for xy in split), half)
+                         *(half_of(*xy, new=False) for xy in split), half)
             start = {k: v for k, v in before.state_dict().items() if not k.startswith("head")}
-            pool, val, test = (part(*xy, new=True) for xy in (*split, (data.x_test, data.y_test)))
+            pool, val, test = (half_of(*xy, new=True)
+                               for xy in (*split, (data.x_test, data.y_test)))
             val = [v[:1000] for v in val]  # enough to choose, and each epoch looks at them
             classes = len(data.classes) - half
             for n in [n for n in (50, 500, 5000) if n <= len(pool[0])] or [len(pool[0])]:
@@ -582,8 +586,8 @@ def train_and_test(t, args, run, data, splits, start):
     test_accuracy and test_loss are means over the folds, all else is of the best one.
     """
     folds = []
-    for fold, (train, val) in enumerate(splits):
-        train, val = ((data.x_train[idx], data.y_train[idx]) for idx in (train, val))
+    for fold, pair in enumerate(splits):
+        train, val = ((data.x_train[idx], data.y_train[idx]) for idx in pair)
         model = fit(t, run, t.title + f", fold {fold + 1}" * (len(splits) > 1), (args.seed, fold),
                     train, val, len(data.classes), start)
         # the one look at the test set: the weights of the best validation epoch
@@ -642,7 +646,7 @@ def main(argv=None):
             print(f"table 3 goes without resnet18: {problem}")
     for t in (settings(args, name) for name in names if name.startswith("resnet")):
         if t.train != "head" and any(
-                (len(idx) % t.batch_size or t.batch_size) == 1 for idx, _ in splits):
+                t.batch_size == 1 or len(idx) % t.batch_size == 1 for idx, _ in splits):
             common.fail(f"--batch-size {t.batch_size} leaves a batch of one image, and ResNet18's "
                         "last BatchNorm has nothing to average there: take another")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))

@@ -238,7 +238,7 @@ def make_optimizer(net, args, n):
 
 
 def fit(args, run, part, seeds, x_train, judge, real_val):
-    """Train one GAN as one part of the run; returns its best epoch's averaged generator, and D.
+    """Train one GAN as one part of the run; returns its best averaged netG, and netD.
 
     real_val: the judge's features of the validation images. run.images: what the same ten noise
     vectors gave after each epoch. seeds: numbers that, with the epoch, decide every draw.

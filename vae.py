@@ -212,7 +212,7 @@ def train_epoch(model, x, optimizer, schedule, args, rng):
 
 
 def fit(args, run, part, seeds, x_train, x_val):
-    """Train a VAE on x_train (N, 1, 28, 28) as one part of the run; returns its best epoch's.
+    """Train a VAE on x_train (N, 1, 28, 28) as one part of the run; returns its best.
 
     seeds: numbers that, with the epoch, decide every draw.
     """
@@ -304,7 +304,7 @@ def draw_traversals(run, model, data, mu, dims):
     start = start_class(run.args, data)
     z = mu[data.y_test == start][:1]  # (1, D)
     values = torch.linspace(-3, 3, 11, device=z.device)
-    ticks = [f"{round(v, 1) + 0:.1f}" for v in values.tolist()]
+    ticks = [f"{v:z.1f}" for v in values.tolist()]
     title = f"{data.name}, from the code of a test {names[start]}"
     for number, d in zip((21, 22), dims, strict=True):
         common.draw_rows(run, f"fig{number}_traversal",
@@ -456,6 +456,7 @@ def result_rows(names, tests, metrics):
 
 def sweep(args, data):
     """One training per beta, from the same draws; returns the metrics. Main numbers: of --beta."""
+    args.sweep = list(dict.fromkeys(args.sweep))  # no beta twice
     x_train, x_val = (data.x_train[idx] for idx in common.splits(data.y_train, 1, args.seed)[0])
     run = common.Run(args, data, columns=COLUMNS)
     models, tests, rows = [], [], []

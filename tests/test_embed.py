@@ -329,9 +329,8 @@ def test_interrupted(known, fast_run, no_figures, monkeypatch, fails):
     assert measured(embed.main(["--resume", "a b"])) == measured(fast_run[0])
 
 
-def test_readme_commands_parse(monkeypatch):
+def test_readme_commands_parse():
     """README commands that no longer run."""
-    monkeypatch.setattr(common, "read_config", lambda *args: None)  # runs that they name
     commands = readme_commands("embed.py")
     assert len(commands) > 4
     for command in commands:
