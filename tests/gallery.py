@@ -57,9 +57,10 @@ def copy_runs(runs):
                 shutil.copy(file, target)
         if "-seed" not in folder.name:  # pictures of one seed are enough
             for file in folder.glob("*.png"):
-                for colors in (256, 64):
-                    Image.open(file).convert("RGB").quantize(colors).save(target / file.name,
-                                                                          optimize=True)
+                image = Image.open(file).convert("RGB")
+                for scale in (1, 0.75, 0.6):
+                    size = [round(scale * side) for side in image.size]
+                    image.resize(size).quantize(256).save(target / file.name, optimize=True)
                     if (target / file.name).stat().st_size < 500_000:
                         break
 
