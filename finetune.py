@@ -374,20 +374,21 @@ def label_subset(y, n, seed):
 
 
 def probe(encode, train, val, test):
-    """Test accuracy of the best logistic regression on standardised codes, best on val.
+    """(validation, test) accuracy of the best logistic regression on standardised codes.
 
-    train, val, test: (x, y) each. Standardised: a code's dimensions have scales of their own, and
-    the penalty would count them unequally.
+    train, val, test: (x, y) each. Best on val. Standardised: a code's dimensions have scales of
+    their own, and the penalty would count them unequally.
     """
     (z, y), (z_val, y_val), (z_test, y_test) = (
         (encode(x).cpu().double().numpy(), y.cpu().numpy()) for x, y in (train, val, test))
     fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(z, y)
               for c in STRENGTHS]
-    return max(fitted, key=lambda model: model.score(z_val, y_val)).score(z_test, y_test)
+    best = max(fitted, key=lambda model: model.score(z_val, y_val))
+    return best.score(z_val, y_val), best.score(z_test, y_test)
 
 
 def fit_best(candidates, t, run, part, seeds, data, classes, start=None):
-    """Test accuracy of the network whose settings, one of the candidates, are best on val.
+    """(validation, test) accuracy of the network whose settings, of the candidates, are best on val.
 
     data: (x, y) of train, val and test. start: the weights to begin with, by name, if not all are
     to be random.
@@ -396,7 +397,8 @@ def fit_best(candidates, t, run, part, seeds, data, classes, start=None):
     models = [fit(common.with_flags(t, **flags), run,
                   f"{part}, {flags['lr']} {flags['augment']}", seeds, train, val, classes, start)
               for flags in candidates]
-    return evaluate(max(models, key=lambda model: evaluate(model, *val)[1]), *test)[1]
+    best = max(models, key=lambda model: evaluate(model, *val)[1])
+    return evaluate(best, *val)[1], evaluate(best, *test)[1]
 
 
 def label_efficiency(args, data):
@@ -484,17 +486,23 @@ def transfer(args, data):
 
 
 def finish_points(run, points, name, data_name):
-    """The curves of accuracy against labels, and the table. points: {(way, labels): accuracies}."""
+    """The curves of accuracy against labels, and the table; returns the metrics.
+
+    points: {(way, number of labels): [(validation accuracy, test accuracy) of each training]}.
+    """
     ways, labels = (list(dict.fromkeys(column)) for column in zip(*points, strict=True))
-    results = {way: {str(n): {"mean": statistics.mean(points[way, n]),
-                         "std": statistics.stdev(points[way, n]), "each": points[way, n]}
-                     for n in labels} for way in ways}
+    results = {way: {str(n): {} for n in labels} for way in ways}
+    for (way, n), pairs in points.items():
+        for prefix, each in zip(("val_", ""), zip(*pairs, strict=True), strict=True):
+            results[way][str(n)] |= {f"{prefix}mean": statistics.mean(each),
+                                     f"{prefix}std": statistics.stdev(each),
+                                     f"{prefix}each": list(each)}
     fig = Figure(figsize=(7, 4.5), layout="constrained")
     ax = fig.subplots()
     for way, by_n in results.items():
-        ax.errorbar(labels, [100 * p["mean"] for p in by_n.values()],
-                    [100 * p["std"] for p in by_n.values()], marker="o", capsize=4, label=way)
-    ax.set(xscale="log", xlabel="labelled training images", ylabel="test accuracy, %",
+        ax.errorbar(labels, [100 * p["val_mean"] for p in by_n.values()],
+                    [100 * p["val_std"] for p in by_n.values()], marker="o", capsize=4, label=way)
+    ax.set(xscale="log", xlabel="labelled training images", ylabel="validation accuracy, %",
            title=f"{data_name}: mean and standard deviation of {SEEDS} trainings")
     ax.set_xticks(labels, labels)
     ax.minorticks_off()

@@ -320,13 +320,13 @@ def test_probe():
     """Codes on another scale that count less; a test set that is centred by its own mean."""
     train, val, test = blobs(60, 0), blobs(300, 1), blobs(300, 2)
     result = finetune.probe(lambda x: x, train, val, test)
-    assert result > 0.95
+    assert min(result) > 0.95
     scale = torch.tensor([1e-3, 1, 1e3, 1])
     assert finetune.probe(lambda x: x * scale, train, val, test) == pytest.approx(result, abs=0.01)
     no_use = [(x[:, 2:], y) for x, y in (train, val, test)]  # these dimensions tell nothing
-    assert finetune.probe(lambda x: x, *no_use) < 0.45
+    assert max(finetune.probe(lambda x: x, *no_use)) < 0.45
     one_class = [part[test[1] == 1] for part in test]
-    assert finetune.probe(lambda x: x, train, val, one_class) > 0.9
+    assert finetune.probe(lambda x: x, train, val, one_class)[1] > 0.9
 
 
 class FakeRegression(BaseEstimator):
@@ -353,7 +353,7 @@ def test_probe_is_chosen_on_validation_codes(val, chosen, monkeypatch):
     for test in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)):
         monkeypatch.setattr(FakeRegression, "right", {20: val, 30: test})
         parts = blobs(10, 0), blobs(20, 1), blobs(30, 2)
-        assert finetune.probe(lambda x: x, *parts) == test[chosen]
+        assert finetune.probe(lambda x: x, *parts) == (val[chosen], test[chosen])
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def test_settings_are_chosen_on_validation_images(val, chosen, encoder, fewer, m
                                                   no_figures):
     """Settings that do best on the test set; of equal ones those that do best there."""
     monkeypatch.setattr(vae, "main", quick_main(vae, fewer))
-    monkeypatch.setattr(finetune, "probe", lambda *args: 0.0)
+    monkeypatch.setattr(finetune, "probe", lambda *args: (0.0, 0.0))
     monkeypatch.setattr(finetune, "fit", lambda flags, *rest: finetune.CANDIDATES.index(
         {"lr": flags.lr, "augment": flags.augment}))
     for test in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)):
@@ -378,7 +378,9 @@ def test_settings_are_chosen_on_validation_images(val, chosen, encoder, fewer, m
         result = finetune.main([*FAST, "--labels", "10", "20", "--encoder", encoder])
         for way in ("fine-tuned", "from scratch"):
             for n in ("10", "20"):
-                assert result["label_efficiency"][way][n]["each"] == [test[chosen]] * 3
+                point = result["label_efficiency"][way][n]
+                assert point["each"] == [test[chosen]] * 3
+                assert point["val_each"] == [val[chosen]] * 3
 
 
 def test_which_images_are_labelled(encoder, fewer, monkeypatch, no_figures):
@@ -404,7 +406,7 @@ def test_which_images_are_labelled(encoder, fewer, monkeypatch, no_figures):
     monkeypatch.setattr(finetune, "fit", fit)
     probed = iter(range(1000))  # two for each seed, three seeds for each number of labels
     monkeypatch.setattr(finetune, "probe", lambda encode, *parts: note(
-        next(probed) // 2 % 3, None, *parts) or 0.5)
+        next(probed) // 2 % 3, None, *parts) or (0.0, 0.5))
     finetune.main([*FAST, "--labels", "40", "10", "--encoder", encoder])
     assert used.keys() == {(n, seed) for n in (10, 40) for seed in range(3)}
     for (_, seed), ways in used.items():
@@ -433,7 +435,7 @@ def test_transfer_starts_from_the_other_classes_alone(fewer, monkeypatch, no_fig
     def probe(encode, train, val, test):
         probed.append(encode(fewer.x_test))
         assert all(set(y.tolist()) <= set(range(5)) for _, y in (train, val, test))
-        return 0.5
+        return 0.0, 0.5
     monkeypatch.setattr(finetune, "fit", fit)
     monkeypatch.setattr(finetune, "probe", probe)
     result = finetune.main([*FAST, "--transfer"])["transfer"]

@@ -544,6 +544,20 @@ def test_a_wrong_name_is_said_before_anything_is_trained(monkeypatch, fails):
         assert "nowhere" in fails(2, compare, [*FAST, "--compare", flag, "nowhere"])
 
 
+def test_the_judge_is_needed_for_the_training_only(two_classes, fails):
+    """A generator that cannot be loaded since its judge was renamed; a judge of other data."""
+    Path("judge").mkdir()
+    config = {"script": "finetune", "argv": [], "data": "fashion"}
+    Path("judge/config.json").write_text(json.dumps(config))
+    main = quick_main(gan, [])
+    assert "other data" in fails(2, main, [*FAST, "--judge", "judge", "--out-dir", "run"])
+    assert os.listdir() == ["judge"]
+    Path("judge/config.json").write_text(json.dumps({**config, "data": "digits"}))
+    main([*FAST, "--judge", "judge", "--out-dir", "run"])
+    Path("judge").rename("elsewhere")
+    assert isinstance(gan.load_run("run"), gan.Generator)
+
+
 def test_two_classes(two_classes):
     """A ten that is written somewhere, in a figure or a metric."""
     metrics = gan.main([*FAST, "--epochs", "1", "--out-dir", "two"])
