@@ -388,7 +388,7 @@ def probe(encode, train, val, test):
 
 
 def fit_best(candidates, t, run, part, seeds, data, classes, start=None):
-    """(validation, test) accuracy of the network whose settings, of the candidates, are best on val.
+    """(validation, test) accuracy of the network whose settings are best on val.
 
     data: (x, y) of train, val and test. start: the weights to begin with, by name, if not all are
     to be random.
