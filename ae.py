@@ -18,9 +18,7 @@ dropout. 25 epochs take about 9 minutes on one core. Each run writes to a new fo
 import argparse
 import math
 import statistics
-import warnings
 
-import matplotlib
 import optuna
 import torch
 import torch.nn as nn
@@ -319,21 +317,28 @@ def draw_activations(run, model, data):
                   f"{maps.shape[1]} maps of {maps.shape[2]}x{maps.shape[3]}",
                   "Can you still see what it is? What does each map answer to?")
 
-    rows = {"image": x[0], "kernels of\nencoder_conv1": encoder.block1[0].weight[:, 0],
-            "their maps after\nencoder_block1": x1[0], "encoder_block2": x2[0], "code z": z[0],
-            "decoder_block1": x3[0], "decoder_block2": x4[0],
-            "image rebuilt": torch.sigmoid(decoder.out(x4))[0]}
+    kernels = encoder.block1[0].weight[:, 0]
+    rows = {"image": x[0], "first kernels": kernels, "their answers": x1[0],
+            "after block 2": x2[0], "code z": z[0], "decoder, block 1": x3[0],
+            "decoder, block 2": x4[0], "image rebuilt": torch.sigmoid(decoder.out(x4))[0]}
+    colors = {"image": "gray", "first kernels": "RdBu_r", "image rebuilt": "gray"}
     fig = Figure(figsize=(9, 9), layout="constrained")
     for ax, (label, maps) in zip(fig.subplots(len(rows), 1), rows.items(), strict=True):
         maps = maps.cpu()
         if maps.ndim == 1:
             ax.bar(range(len(maps)), maps.numpy())
+            ax.axhline(0, color="black", lw=0.5)
+            size = f"{len(maps)} numbers"
         else:  # the first ten maps
             grid = make_grid(maps[:10, None], nrow=10, padding=1, pad_value=float("nan"))[0]
-            ax.imshow(grid.numpy(), cmap="gray" if "image" in label else "viridis")
+            ax.imshow(grid.numpy(), cmap=colors.get(label, "viridis"))
+            size = f"{maps.shape[1]}x{maps.shape[2]}"
+            if len(maps) > 1:
+                size = f"{min(10, len(maps))} of {len(maps)}: {size}"
         ax.set(xticks=[], yticks=[], frame_on=False)
-        ax.set_ylabel(label, rotation=0, ha="right", va="center")
-    fig.suptitle(f"{data.name}: the journey of a test {data.classes[shown]} through the network")
+        ax.set_ylabel(f"{label}\n{size}", rotation=0, ha="right", va="center")
+    fig.suptitle(f"{data.name}, a test {data.classes[shown]}: 784 pixels to {z.shape[1]} numbers "
+                 "and back")
     run.save(fig, "journey", "Where does the picture stop being one, and where is it one again?")
 
 
@@ -395,6 +400,7 @@ def tune(args, data):
         rng = common.seed_everything(args.seed, trial.number)  # of the first weights too
         study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())
         values = suggest(trial)
+        trial.set_user_attr("values", values)
         print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
         flags = common.with_flags(args, **values)
         model = build(flags)
@@ -422,42 +428,43 @@ def tune(args, data):
 
 
 def finish_search(args, run, study, data_name):
-    """The table of trials, the command that trains with the best values, Optuna's pictures."""
-    rows = [{"trial": t.number, "state": t.state.name.lower(),
-             **suggest(optuna.trial.FixedTrial(t.params)), "epochs": len(t.intermediate_values),
-             "val_mse": t.value and t.value - args.price * t.params["latent_dim"], "cost": t.value}
-            for t in study.trials if len(t.params) == len(REPORT)]
+    """The table of trials, their picture, the command that trains with the best values."""
+    rows = [{"trial": t.number, "state": t.state.name.lower(), **t.user_attrs["values"],
+             "epochs": len(t.intermediate_values), "cost": t.value,
+             "val_mse": t.value and t.value - args.price * t.user_attrs["values"]["latent_dim"]}
+            for t in study.trials if "values" in t.user_attrs]
     rows.sort(key=lambda row: (row["state"] != "complete", row["cost"] or math.inf))
     if not rows or rows[0]["state"] != "complete":
         common.fail("not one trial was completed", status=1)
     best = {k: v for k, v in rows[0].items() if k not in ("state", "epochs")}
     best["command"] = "python ae.py " + " ".join(
         f"--{name.replace('_', '-')} {best[name]}" for name in REPORT)
-    draw_search(run, study, data_name)
+    draw_search(run, rows, data_name)
     return run.finish({"best": best, "trials": rows}, [
         *common.table([list(rows[0]), *(list(row.values()) for row in rows)]), "",
         f"train with the best values: {best['command']} --data {args.data}"])
 
 
-def draw_search(run, study, data_name):
-    """Optuna's pictures: how the cost fell, and the share of its variance that each flag explains.
-
-    The second takes at least four complete trials.
-    """
-    plots = optuna.visualization.matplotlib
-    complete = len(study.get_trials(states=(TrialState.COMPLETE,)))
-    with warnings.catch_warnings(), matplotlib.rc_context():  # optuna sets another style for all
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        axes = {"tune_history": plots.plot_optimization_history(study, target_name="cost")}
-        if complete > 3:
-            axes["tune_importance"] = plots.plot_param_importances(
-                study, optuna.importance.FanovaImportanceEvaluator(seed=0), target_name="cost")
-        for name, ax in axes.items():
-            ax.set_title("")
-            ax.set_title(f"{data_name}, validation cost of {complete} complete trials", loc="left")
-            ax.figure.set_layout_engine("constrained")
-            run.save(ax.figure, name, "Pruned trials ended early and do not count here.")
-            matplotlib.pyplot.close(ax.figure)
+def draw_search(run, rows, data_name):
+    """The cost of each trial, over its number and over three of its values; rows: dicts."""
+    xs = {"trial": "trial", "latent_dim": "latent dimension", "dropout": "dropout",
+          "lr": "learning rate"}
+    fig = Figure(figsize=(12, 3.6), layout="constrained")
+    for ax, (key, label) in zip(fig.subplots(1, len(xs), sharey=True), xs.items(), strict=True):
+        for state, marker, color in (("complete", "o", "C0"), ("pruned", "x", "gray")):
+            chosen = [row for row in rows if row["state"] == state]
+            ax.scatter([row[key] for row in chosen], [row["cost"] for row in chosen], color=color,
+                       marker=marker, label=state)
+        report = [row for row in rows if row["trial"] == 0]
+        ax.scatter([row[key] for row in report], [row["cost"] for row in report], s=150, color="C3",
+                   facecolors="none", label="the report's values")
+        ax.set(xlabel=label, yscale="log")
+        ax.grid(alpha=0.3)
+    fig.axes[0].set_ylabel("cost: validation MSE + price")
+    fig.axes[0].yaxis.set_minor_formatter("{x:.3f}")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+    fig.suptitle(f"{data_name}: which value makes a trial good? Pruned ones ended early")
+    run.save(fig, "search", "Which of the values decides the cost, and which does not matter?")
 
 
 # --------------------------------------------------------------------------- ablation
@@ -486,7 +493,7 @@ def ablate(args, data, seeds=3):
     ablation = {}
     for name, flags in VARIANTS.items():
         ends = []  # the last epoch of each seed
-        for seed in ((args.seed + s) % 2**32 for s in range(seeds)):
+        for seed in range(args.seed, args.seed + seeds):
             train, val = common.splits(data.y_train, 1, seed)[0]
             fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}", (seed, 0),
                 data.x_train[train], data.x_train[val])
@@ -499,27 +506,11 @@ def ablate(args, data, seeds=3):
             "difference": statistics.mean(extra), "difference_std": statistics.stdev(extra),
             "train_mse": statistics.mean(row["train_mse"] for row in ends),
             "each": each, "flags": flags}
-    draw_ablation(run, ablation, f"{data.name}, {args.epochs} epochs each")
+    common.draw_ablation(run, {name: row["each"] for name, row in ablation.items()},
+                         "validation MSE per pixel", f"{data.name}, {args.epochs} epochs each")
     shown = ("variant", "val_mse", "std", "difference", "difference_std", "train_mse")
     return run.finish({"ablation": ablation}, common.table([
         shown, *([row[k] for k in shown] for row in ablation.values())]))
-
-
-def draw_ablation(run, ablation, title):
-    """A dot for each seed and a line at the mean, the best variant on top."""
-    fig = Figure(figsize=(7, 0.4 * len(ablation) + 1.3), layout="constrained")
-    ax = fig.subplots()
-    rows = sorted(ablation.values(), key=lambda row: -row["val_mse"])
-    for y, row in enumerate(rows):
-        ax.scatter(row["each"], [y] * len(row["each"]), alpha=0.6)
-        ax.plot([row["val_mse"]] * 2, [y - 0.3, y + 0.3], color="black")
-    base = ablation["baseline"]["each"]
-    ax.axvspan(min(base), max(base), color="gray", alpha=0.2, label="seeds of the baseline")
-    ax.set_yticks(range(len(rows)), [row["variant"] for row in rows])
-    ax.set(xlabel="validation MSE per pixel (line: mean)", title=title)
-    ax.grid(alpha=0.3, axis="x")
-    ax.legend()
-    run.save(fig, "ablation", "What lies in the grey band cannot be told from the baseline.")
 
 
 # --------------------------------------------------------------------------- main
@@ -534,12 +525,12 @@ def main(argv=None):
     if args.ablate:
         return ablate(args, data)
     run = common.Run(args, data, columns=("train_loss", "train_mse", "val_mse"))
-    tests, val = [], []
+    folds = []
     for fold, split in enumerate(common.splits(data.y_train, args.folds, args.seed)):
         x_train, x_val = (data.x_train[idx] for idx in split)
         model = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
-        val.append(evaluate(model, x_val))
-        tests.append(evaluate(model, data.x_test))  # the one look at the test set
+        folds.append({"val_mse": evaluate(model, x_val),
+                      "test_mse": evaluate(model, data.x_test)})  # the one look at the test set
 
     # figures and the other numbers are those of the last fold
     recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
@@ -554,22 +545,20 @@ def main(argv=None):
     draw_kernels(run, model, data.name)
     draw_activations(run, model, data)
 
-    metrics = {"test_mse": statistics.mean(tests), "pca_mse": mse(recon_pca, data.x_test).item(),
-               "train_mse": evaluate(model, x_train), "val_mse": val[-1],
+    metrics = {**common.over_folds(folds), "folds": args.folds,
+               "pca_mse": mse(recon_pca, data.x_test).item(),
+               "train_mse": evaluate(model, x_train),
                "parameters": sum(p.numel() for p in model.parameters()),
                "latent_dim": args.latent_dim, "knn_accuracy": knn}
-    if args.folds > 1:
-        metrics |= {"folds": args.folds, "fold_test_mse": tests, "fold_val_mse": val,
-                    "test_mse_std": statistics.stdev(tests), "val_mse": statistics.mean(val),
-                    "val_mse_std": statistics.stdev(val)}
     width, found = (100, 0.023) if args.recipe == "first" else (38, 0.013)
-    return run.finish(metrics, common.table([
-        ("MSE per pixel", "validation", "test"),
-        *((f"autoencoder, fold {n}", v, t)
-          for n, (v, t) in enumerate(zip(val, tests, strict=True), start=1)),
-        *[("mean of the folds", statistics.mean(val), metrics["test_mse"])] * (args.folds > 1),
-        (f"PCA, {args.latent_dim} components", None, metrics["pca_mse"]),
-        (f"the report, latent {width}", None, found)]), model)
+    rows = [("MSE per pixel", "validation", "test")]
+    for n, fold in enumerate(folds, start=1):
+        rows.append((f"autoencoder, fold {n}", fold["val_mse"], fold["test_mse"]))
+    if args.folds > 1:
+        rows.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"]))
+    rows += [(f"PCA, {args.latent_dim} components", None, metrics["pca_mse"]),
+             (f"the report, latent {width}", None, found)]
+    return run.finish(metrics, common.table(rows), model)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import ast
 import copy
 import hashlib
 import html
+import importlib
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import platform
 import re
 import shlex
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +29,6 @@ import zlib
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import matplotlib
@@ -144,7 +145,7 @@ def add_run_flags(parser):
     group = parser.add_argument_group("run")
     group.add_argument("--fast", action="store_true",
                        help="smoke test: the real code, few images and steps, no download")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
+    group.add_argument("--seed", type=number(int, 0, 10**9), default=0,
                        help="same command, seed, machine and number of threads: same numbers")
     group.add_argument("--resume", type=path, metavar="DIR",
                        help="go on with the interrupted run in DIR, or redraw a finished one")
@@ -203,7 +204,7 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=(), 
 
     changed = {flag for flag, value in vars(args).items()
                if flag in plain and value != defaults[flag]}
-    shared = {"fast", "seed", "data", *FREE} - {"storage"}
+    shared = {"fast", "seed", "data", "data_dir", "device", "resume", "out_dir"}
     for name, (own, takes, _) in modes.items():
         others = changed & {*own} if name != mode else changed - {*own, *takes, *shared, name}
         for flag in sorted(others):
@@ -381,9 +382,9 @@ def augment(x, kind, rng):
         angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
         right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # an image is 2 wide
         if kind == "report":
-            right, down = 0 * right, 0 * down
+            right = down = torch.zeros_like(angle)
         else:
-            angle = 0 * angle
+            angle = torch.zeros_like(angle)
         move = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1)
         grid = F.affine_grid(move.view(-1, 2, 3).to(x.device), x.shape, align_corners=False)
         x = F.grid_sample(x, grid, align_corners=False)  # what comes in from outside is black
@@ -481,16 +482,20 @@ def save_checkpoint(file, things, **rest):
         f.write(buffer.getbuffer())
 
 
+def load_tensors(file):
+    """What torch.save wrote, if it is whole, and plain tensors and containers: runs no code."""
+    if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+        raise zipfile.BadZipFile("CRC mismatch")  # torch.load does not compare them
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(file, things):
     """Restore things {name: whatever has load_state_dict()} from a checkpoint; return the rest.
 
     Exit 2 where the file is damaged, would run code, or does not fit.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip():  # torch.load does not compare the CRC sums
-                raise zipfile.BadZipFile("CRC mismatch")
-        state = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+        state = load_tensors(file)
         for name, thing in things.items():
             thing.load_state_dict(state["things"][name])
         return state["rest"]
@@ -500,14 +505,19 @@ def load_checkpoint(file, things):
 
 
 def digest(script):
-    """Six letters that change with a script's classes, functions and constants: a training may.
+    """Six letters that change with what a training may depend on, and not with comments.
 
-    Not with comments, with functions that only draw, or with common.py.
+    That is the script's classes, constants and functions but for those that draw, and of common.py
+    the four that every training calls.
     """
-    tree = ast.parse((Path(__file__).parent / f"{script}.py").read_text(encoding="utf-8"))
-    kinds = ast.ClassDef | ast.FunctionDef | ast.Assign
-    code = [ast.dump(node) for node in tree.body if isinstance(node, kinds)
-            and not getattr(node, "name", "").startswith(("draw_", "main"))]
+    def nodes(file):
+        tree = ast.parse(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+        kinds = ast.ClassDef | ast.FunctionDef | ast.Assign
+        return [(getattr(n, "name", ""), ast.dump(n)) for n in tree.body if isinstance(n, kinds)]
+
+    lesson = ("seed_everything", "splits", "batches", "augment")
+    code = [text for name, text in nodes(f"{script}.py") if not name.startswith(("draw_", "main"))]
+    code += [text for name, text in nodes("common.py") if name in lesson]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:6]
 
 
@@ -641,7 +651,7 @@ class Run:
         """
         if self.history:
             self.write_log()
-            metrics = {"epochs": self.epochs, "seconds_per_epoch": median(
+            metrics = {"epochs": self.epochs, "seconds_per_epoch": statistics.median(
                 row["seconds"] for row in self.history), **metrics}
         if model is not None:
             save_checkpoint(self.folder / "model.pt", {"model": model})
@@ -670,6 +680,20 @@ def table(rows):
             for row in cells]
 
 
+def over_folds(folds):
+    """The mean of each number, [{name: number} of each fold]; of several also its spread and each.
+
+    Returns {name: mean, name_std: standard deviation, fold_name: [number of each fold]}.
+    """
+    metrics = {}
+    for name in folds[0]:
+        each = [fold[name] for fold in folds]
+        metrics[name] = statistics.mean(each)
+        if len(each) > 1:
+            metrics |= {f"{name}_std": statistics.stdev(each), f"fold_{name}": each}
+    return metrics
+
+
 def load_run(folder, script, parse_args, build):
     """The network that a finished run shows: build(its flags), with its weights.
 
@@ -689,26 +713,27 @@ def trained(script, name, args, flags, minutes):
     """The folder of what one chapter needs of another: `python SCRIPT.py FLAGS`, made if need be.
 
     It is named after what it is, the data, the seed and the code, runs/judge-fashion-seed0-1a2b3c,
-    and nothing else in runs/ is looked at: the same command gives the same numbers. script: the
-    module; args: the caller's, after load_data; minutes: how long it takes at most.
+    and nothing else in runs/ is looked at: the same command gives the same numbers. args: the
+    caller's, after load_data; minutes: how long it takes at most.
     """
+    module = importlib.import_module(script)
     words = [*flags, "--data", args.data, "--seed", str(args.seed), *["--fast"] * args.fast]
-    stem = Path(script.__file__).stem
-    folder = Path("runs", f"{name}-{args.data}{'-fast' * args.fast}-seed{args.seed}-{digest(stem)}")
-    command = shell("python", f"{stem}.py", *words)
+    fast = "-fast" * args.fast
+    folder = Path("runs", f"{name}-{args.data}{fast}-seed{args.seed}-{digest(script)}")
+    command = shell("python", f"{script}.py", *words)
     machine = ["--data-dir", args.data_dir, "--device", args.device]
     if (folder / "config.json").exists():
-        made, wanted = (vars(script.parse_args([*argv, "--device", "cpu"])) for argv in (
-            read_config(folder, stem)["argv"], words))
+        made, wanted = (vars(module.parse_args([*argv, "--device", "cpu"])) for argv in (
+            read_config(folder, script)["argv"], words))
         if any(made[flag] != wanted[flag] for flag in wanted.keys() - FREE - {"argv"}):
             fail(f"{folder} was made by another command than {command}: rename it")
     if not (folder / "config.json").exists():
         print(f"{folder} is not there yet: {command} makes it, in about "
               f"{'a few seconds' if args.fast else f'{minutes} minutes'}", flush=True)
-        script.main([*words, *machine, "--out-dir", str(folder)])
+        module.main([*words, *machine, "--out-dir", str(folder)])
     elif not (folder / "metrics.json").exists():
         print(f"{folder} was interrupted: going on with it", flush=True)
-        script.main(["--resume", str(folder), *machine])
+        module.main(["--resume", str(folder), *machine])
     else:
         print(f"using {folder}")
     return str(folder)
@@ -768,6 +793,26 @@ def plot_curves(run, name, rows, panels, title, caption):
         ax.legend()
     fig.suptitle(title)
     run.save(fig, name, caption)
+
+
+def draw_ablation(run, variants, xlabel, title):
+    """{variant: a value for each seed}: dots and a line at the mean, the lowest mean on top.
+
+    The first variant is what all others change.
+    """
+    first, values = next(iter(variants.items()))
+    fig = Figure(figsize=(7, 0.4 * len(variants) + 1.3), layout="constrained")
+    ax = fig.subplots()
+    ax.axvspan(min(values), max(values), color="gray", alpha=0.2, label=f"seeds of {first}")
+    order = sorted(variants, key=lambda name: -statistics.mean(variants[name]))
+    for y, name in enumerate(order):
+        ax.scatter(variants[name], [y] * len(variants[name]), alpha=0.6, color="C0")
+        ax.plot([statistics.mean(variants[name])] * 2, [y - 0.3, y + 0.3], color="black")
+    ax.set_yticks(range(len(order)), order)
+    ax.set(xlabel=f"{xlabel} (line: mean)", title=title)
+    ax.grid(alpha=0.3, axis="x")
+    ax.legend()
+    run.save(fig, "ablation", f"What lies in the grey band cannot be told from {first}.")
 
 
 def scatter(ax, points, y, classes):

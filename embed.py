@@ -212,7 +212,7 @@ def find_encoder(script, args):
     """The run of ae.py or vae.py to take: a named one, or the best we know, made if need be."""
     name = script.__name__
     flags = shlex.split(TRAINING[name]) + ["--epochs", "3"] * args.fast  # the last one counts
-    return getattr(args, name) or common.trained(script, f"{name}2", args, flags, minutes=15)
+    return getattr(args, name) or common.trained(name, f"{name}2", args, flags, minutes=15)
 
 
 def main(argv=None):

@@ -10,7 +10,7 @@ Section 5 of the report: its four classifiers, confusion matrices, and what labe
                                                 what ResNet18 can do when nothing is frozen
     python finetune.py --labels 100 1000 10000
                                                 accuracy against the number of labels
-    python finetune.py --transfer               half of the classes first: does it help the others?
+    python finetune.py --transfer               half of the classes first: do they help the others?
     python finetune.py --recipe report          the report's own settings
     python finetune.py --fast                   smoke test in seconds
 
@@ -20,15 +20,10 @@ another run. Each run writes to a new folder in runs/.
 """
 
 import argparse
-import hashlib
 import math
-import pickle
 import socket
 import statistics
-import sys
-import zipfile
 from collections import defaultdict
-from http.client import HTTPException
 from itertools import zip_longest
 from pathlib import Path
 
@@ -75,8 +70,8 @@ SETTINGS = {  # of each model, by recipe; flags go before them
         "cnn": {"train": "all", "epochs": 20, "batch_size": 300, "lr": 0.0085,
                 "weight_decay": 5e-5, "augment": "report"}},
 }
-MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder")),
-         "transfer": common.Mode(takes=("model", "epochs"))}
+MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder"), defaults={"epochs": 10}),
+         "transfer": common.Mode(takes=("epochs",), defaults={"epochs": 3})}
 
 
 def parse_args(argv=None):
@@ -95,8 +90,8 @@ def parse_args(argv=None):
                        help="what N labelled images are worth to a classifier on the encoder's "
                             "codes, to the fine-tuned encoder, and from scratch; three times each")
     group.add_argument("--transfer", action="store_true",
-                       help="do the CNN and ResNet18 (or --model), trained on half of the classes, "
-                            "learn the other half from fewer labels? three times each")
+                       help="does the CNN, trained on half of the classes, learn the other half "
+                            "from fewer labels? three times each")
     group = parser.add_argument_group("models")
     group.add_argument("--encoder", type=common.path, metavar="DIR",
                        help="the run of ae.py that ae starts from; without it that of plain "
@@ -111,8 +106,6 @@ def parse_args(argv=None):
     parser.epilog = "--epochs, --batch-size, --lr, --augment: without them see SETTINGS"
     args = common.parse(parser, "finetune", argv, recipes={name: {} for name in SETTINGS},
                         fast={"epochs": 2}, modes=MODES, runs={"encoder": "ae"})
-    if args.transfer and args.model in ("ae", "resnet18"):
-        parser.error("--transfer goes with --model cnn or resnet18-random")
     for flag, models in {"train": ("all", "ae", "resnet18", "resnet18-random"),
                          "scratch": ("all", "ae"), "encoder": ("all", "ae"),
                          "weights": ("all", "resnet18")}.items():
@@ -227,35 +220,21 @@ def build(args, classes, start=None):
 def imagenet_weights(args):
     """ResNet18's weights but for its last layer, from --weights FILE or downloaded once.
 
-    weights_only: a file cannot run code. LookupError, with the reason, where there are none.
+    LookupError, with the reason, where there are none.
     """
     weights = ResNet18_Weights.IMAGENET1K_V1
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    file = Path(args.weights or Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name))
     try:
-        if not args.weights:
-            if args.fast and not path.exists():
-                raise OSError("--fast downloads nothing")
+        if not (args.weights or args.fast or file.exists()):
             socket.setdefaulttimeout(10)  # seconds without an answer: torch.hub waits for ever
-            weights.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
-            digest = path.stem.rpartition("-")[2]  # torch.hub does not look at a file it has
-            if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-                raise ValueError("wrong content")
-        file = args.weights or path
-        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-            raise ValueError("CRC mismatch")  # torch.load does not compare them
-        state_dict = torch.load(file, map_location="cpu", weights_only=True)
+            weights.get_state_dict(check_hash=True, weights_only=True)
+            socket.setdefaulttimeout(None)
+        state_dict = common.load_tensors(file)
         torchvision.models.resnet18().load_state_dict(state_dict)  # does it fit?
         return {f"net.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
-    except pickle.UnpicklingError:
-        problem = "more than plain tensors, or damaged: refused, it could run code"
-    except (OSError, HTTPException) as error:
-        problem = error
-    except Exception:  # whatever else garbage makes the readers raise
-        problem = "damaged, or not of torchvision's ResNet18: " + (
-            "name another" if args.weights else f"delete {path}")
-    finally:
-        socket.setdefaulttimeout(None)
-    raise LookupError(f"no ImageNet weights in {args.weights or path.name}: {problem}")
+    except Exception as error:  # whatever garbage makes the readers raise
+        raise LookupError(f"no ImageNet weights in {file} ({type(error).__name__}: "
+                          f"{str(error)[:200]})") from error
 
 
 # --------------------------------------------------------------------------- training
@@ -325,14 +304,14 @@ def encode(model, x):
     return common.in_batches(model.features, x)
 
 
-def score(logits, y):
+def loss_and_accuracy(logits, y):
     """(mean cross entropy in nats, accuracy from 0 to 1) of logits (N, C) against y (N,)."""
     return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
 
 
 def evaluate(model, x, y):
     """(mean cross entropy in nats, accuracy from 0 to 1) over all of x (N, 1, 28, 28), y (N,)."""
-    return score(predict(model, x), y)
+    return loss_and_accuracy(predict(model, x), y)
 
 
 def most_confused(matrix, classes, count=3):
@@ -345,7 +324,7 @@ def most_confused(matrix, classes, count=3):
 
 def load_judge(args, data):
     """The CNN that judges the samples of gan.py, in evaluation mode: --judge, or a new one."""
-    folder = args.judge or common.trained(sys.modules[__name__], "judge", args,
+    folder = args.judge or common.trained("finetune", "judge", args,
                                           ["--model", "cnn", "--epochs", "8"], minutes=6)
     judge = common.load_run(folder, "finetune", parse_args, lambda flags: CNN(len(data.classes)))
     return judge.to(args.device).eval()
@@ -415,14 +394,14 @@ def label_efficiency(args, data):
             common.fail(f"--labels {n}: it takes {len(data.classes)} to {len(pool)}, from an image "
                         "of each class to the training part")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=18)
+    args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=18)
     net_ae = ae.load_run(args.encoder).to(args.device)
-    net_vae = vae.load_run(common.trained(vae, "vae", args, [], minutes=7)).to(args.device)
+    net_vae = vae.load_run(common.trained("vae", "vae", args, [], minutes=7)).to(args.device)
     encoders = {"probe on AE codes": lambda x: ae.encode(net_ae, x),
                 "probe on VAE codes": lambda x: vae.encode(net_vae, x)[0]}
     val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
     t = settings(args, "ae")
-    t.epochs, t.train = args.epochs or 10, "all"
+    t.train = "all"
     points = defaultdict(list)
     for n in sorted(set(args.labels)):
         for seed in range(args.seed, args.seed + SEEDS):
@@ -436,7 +415,8 @@ def label_efficiency(args, data):
                 points[way, n].append(fit_best(
                     CANDIDATES, common.with_flags(t, scratch=scratch), run, f"{n}, {way}, {seed}",
                     (seed, 0), (train, val, test), len(data.classes)))
-    return finish_points(run, points, "label_efficiency", data.name)
+    return finish_points(run, points, "label_efficiency",
+                         f"{data.name}: does it help to rebuild images first?")
 
 
 def transfer(args, data):
@@ -451,41 +431,32 @@ def transfer(args, data):
         common.fail(f"--transfer takes four classes or more, two for each half: there are "
                     f"{len(data.classes)}")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
+    t, points = settings(args, "cnn"), defaultdict(list)
+    t.batch_size = 32
+    for seed in range(args.seed, args.seed + SEEDS):
+        train, val = common.splits(data.y_train, 1, seed)[0]
+        parts = ((data.x_train[train], data.y_train[train]), (data.x_train[val], data.y_train[val]),
+                 (data.x_test, data.y_test))
+        first = [(x[y < half], y[y < half]) for x, y in parts]
+        (x, y), val, test = [(x[y >= half], y[y >= half] - half) for x, y in parts]
+        val = [v[:1000] for v in val]  # enough to choose, and each epoch looks at them
 
-    def half_of(x, y, new):  # the images of the second half of the classes, or of the first
-        keep = ((y >= half) if new else (y < half)).nonzero()[:, 0]
-        keep = keep[:len(keep) // 2 * 2]  # even: BatchNorm cannot take a last batch of one image
-        return x[keep], y[keep] - (half if new else 0)
-
-    points = defaultdict(list)
-    for name in ("cnn", "resnet18-random") if args.model == "all" else (args.model,):
-        t = settings(args, name)
-        t.train, t.epochs, t.batch_size = "all", args.epochs or 3, 32
-        for seed in range(args.seed, args.seed + SEEDS):
-            split = [(data.x_train[i], data.y_train[i])
-                     for i in common.splits(data.y_train, 1, seed)[0]]
-            before = fit(t, run, f"{name}, first classes, {seed}", (seed, 0),
-                         *(half_of(*xy, new=False) for xy in split), half)
-            start = {k: v for k, v in before.state_dict().items() if not k.startswith("head")}
-            pool, val, test = (half_of(*xy, new=True)
-                               for xy in (*split, (data.x_test, data.y_test)))
-            val = [v[:1000] for v in val]  # enough to choose, and each epoch looks at them
-            classes = len(data.classes) - half
-            for n in [n for n in (50, 500, 5000) if n <= len(pool[0])] or [len(pool[0])]:
-                idx = label_subset(pool[1], n, seed)
-                train = pool[0][idx], pool[1][idx]
-                points[f"{name}, frozen", n].append(probe(
-                    lambda x, net=before: encode(net, x), train, val, test))
-                times = math.ceil(len(pool[0]) / 16 / n)  # so that an epoch has steps enough
-                train = train[0].repeat(times, 1, 1, 1), train[1].repeat(times)
-                for way, weights in (("fine-tuned", start), ("from scratch", None)):
-                    points[f"{name}, {way}", n].append(fit_best(
-                        TRANSFER, t, run, f"{name}, {n}, {way}, {seed}", (seed, 1),
-                        (train, val, test), classes, weights))
-    return finish_points(run, points, "transfer", data.name)
+        before = fit(t, run, f"first classes, {seed}", (seed, 0), first[0], first[1], half)
+        start = {k: v for k, v in before.state_dict().items() if not k.startswith("head")}
+        for n in [n for n in (50, 500, 5000) if n <= len(x)] or [len(x)]:
+            idx = label_subset(y, n, seed)
+            points["frozen", n].append(probe(
+                lambda images, net=before: encode(net, images), (x[idx], y[idx]), val, test))
+            idx = idx.repeat(math.ceil(len(x) / 16 / n))  # so that an epoch has steps enough
+            for way, weights in (("fine-tuned", start), ("from scratch", None)):
+                points[way, n].append(fit_best(
+                    TRANSFER, t, run, f"{n}, {way}, {seed}", (seed, 1),
+                    ((x[idx], y[idx]), val, test), len(data.classes) - half, weights))
+    return finish_points(run, points, "transfer",
+                         f"{data.name}: does it help to learn other classes first?")
 
 
-def finish_points(run, points, name, data_name):
+def finish_points(run, points, name, question):
     """The curves of accuracy against labels, and the table; returns the metrics.
 
     points: {(way, number of labels): [(validation accuracy, test accuracy) of each training]}.
@@ -499,11 +470,14 @@ def finish_points(run, points, name, data_name):
                                      f"{prefix}each": list(each)}
     fig = Figure(figsize=(7, 4.5), layout="constrained")
     ax = fig.subplots()
-    for way, by_n in results.items():
-        ax.errorbar(labels, [100 * p["val_mean"] for p in by_n.values()],
-                    [100 * p["val_std"] for p in by_n.values()], marker="o", capsize=4, label=way)
-    ax.set(xscale="log", xlabel="labelled training images", ylabel="validation accuracy, %",
-           title=f"{data_name}: mean and standard deviation of {SEEDS} trainings")
+    colors = {"from scratch": "black", "fine-tuned": "C3"}  # the same in both figures
+    for shift, (way, by_n) in enumerate(results.items()):
+        ax.errorbar([n * 1.04 ** shift for n in labels],  # side by side, not one on the other
+                    [100 * p["val_mean"] for p in by_n.values()],
+                    [100 * p["val_std"] for p in by_n.values()], marker="o", capsize=4, label=way,
+                    color=colors.get(way))
+    ax.set(xscale="log", xlabel="labelled training images", title=question,
+           ylabel=f"validation accuracy, %: mean and spread of {SEEDS}")
     ax.set_xticks(labels, labels)
     ax.minorticks_off()
     ax.grid(alpha=0.3)
@@ -589,42 +563,34 @@ def table3(models, left_out):
 
 
 def train_and_test(t, args, run, data, splits, start):
-    """All folds of one model; (its metrics, the network of its best fold by validation loss).
+    """All folds of one model; (its metrics, the network of its last fold, which the figures show).
 
-    test_accuracy and test_loss are means over the folds, all else is of the best one.
+    t: its settings. start: see build.
     """
     folds = []
-    for fold, pair in enumerate(splits):
-        train, val = ((data.x_train[idx], data.y_train[idx]) for idx in pair)
-        model = fit(t, run, t.title + f", fold {fold + 1}" * (len(splits) > 1), (args.seed, fold),
-                    train, val, len(data.classes), start)
-        # the one look at the test set: the weights of the best validation epoch
-        logits = predict(model, data.x_test, t.mirror)
+    for fold, split in enumerate(splits):
+        train, val = ((data.x_train[idx], data.y_train[idx]) for idx in split)
+        part = f"{t.title}, fold {fold + 1}" if len(splits) > 1 else t.title
+        model = fit(t, run, part, (args.seed, fold), train, val, len(data.classes), start)
+        logits = predict(model, data.x_test, t.mirror)  # the one look at the test set
+        loss, accuracy = loss_and_accuracy(logits, data.y_test)
         best = run.rows[run.best["epoch"] - 1]
-        metrics = {k: v for k, v in best.items() if k.startswith(("seen_", "val_"))}
-        if t.mirror:  # beside val_loss and val_accuracy: what it brings
-            metrics["mirror_val_loss"], metrics["mirror_val_accuracy"] = score(
-                predict(model, val[0], mirror=True), val[1])
-        folds.append((metrics, model, logits, run.rows, best["epoch"]))
-    tests = [score(logits, data.y_test) for _, _, logits, *_ in folds]
-    metrics, model, logits, rows, best_epoch = min(folds, key=lambda fold: fold[0]["val_loss"])
+        folds.append({"test_accuracy": accuracy, "test_loss": loss,
+                      "val_accuracy": best["val_accuracy"], "val_loss": best["val_loss"]})
     matrix = confusion_matrix(data.y_test.cpu().numpy(), logits.argmax(1).cpu().numpy(),
                               labels=range(len(data.classes)))
-    losses, accuracies = zip(*tests, strict=True)
     metrics = {
-        "test_accuracy": statistics.mean(accuracies), "test_loss": statistics.mean(losses),
-        "train_seconds": sum(row["seconds"] for row in rows), "best_epoch": best_epoch, **metrics,
+        **common.over_folds(folds),
+        "seen_loss": best["seen_loss"], "seen_accuracy": best["seen_accuracy"],
+        "best_epoch": best["epoch"], "train_seconds": sum(row["seconds"] for row in run.rows),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **{k: getattr(t, k) for k in ("title", "scratch", "mirror", "schedule",
                                       *SETTINGS["best"]["ae"])},
         "per_class": (matrix.diagonal() / matrix.sum(1).clip(min=1)).tolist(),
         "confusion": matrix.tolist(), "most_confused": most_confused(matrix, data.classes)}
-    if len(folds) > 1:
-        metrics |= {"fold_test_accuracy": accuracies, "test_accuracy_std": statistics.stdev(
-            accuracies), "fold_val_accuracy": [fold[0]["val_accuracy"] for fold in folds]}
     curves, confusion = FIGURES[t.model]
-    common.plot_curves(run, curves, rows, {
+    common.plot_curves(run, curves, run.rows, {
         "accuracy": ("seen_accuracy", "val_accuracy"),
         "cross entropy, nats": ("seen_loss", "val_loss")}, f"{data.name}: {t.title}",
         "Does the validation loss rise again while the training loss falls?")
@@ -659,7 +625,7 @@ def main(argv=None):
                         "last BatchNorm has nothing to average there: take another")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
     if "ae" in names and not args.scratch:
-        args.encoder = args.encoder or common.trained(ae, "ae", args, [], minutes=18)
+        args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=18)
 
     models = {}
     for name in names:

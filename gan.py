@@ -22,7 +22,6 @@ import argparse
 import copy
 import math
 import statistics
-import sys
 
 import numpy as np
 import torch
@@ -177,16 +176,16 @@ def bce(logits, target):
 # --------------------------------------------------------------------------- training
 
 
-def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, rng, steps=0):
+def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, rng):
     """One pass over x (N, 1, 28, 28). Returns the epoch's means as a dict, weighed by images.
 
     d_loss, g_loss; d_accuracy_real, d_accuracy_fake: how often D was right, before its step;
     g_gradient: the norm of G's gradient. Adam divides by its usual size, so a small one alone does
-    not slow G down. steps: how many were made before, for the average's warm-up.
+    not slow G down.
     """
     netG.train(), netD.train()
     totals = 0.0
-    for step, idx in enumerate(common.batches(len(x), args.batch_size, rng, x.device), steps):
+    for idx in common.batches(len(x), args.batch_size, rng, x.device):
         real = common.augment(x[idx], args.augment, rng)
         z = torch.randn(len(idx), args.noise_dim, generator=rng).to(x.device)
 
@@ -205,7 +204,8 @@ def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, r
         g_loss.backward(inputs=list(netG.parameters()))
         g_optimizer.step()
 
-        update_average(ema, netG, min(args.ema, (1 + step) / (10 + step)))
+        steps = schedules[0].last_epoch  # it counts steps, from the first one of the training on
+        update_average(ema, netG, min(args.ema, (1 + steps) / (10 + steps)))
         for schedule in schedules:
             schedule.step()
 
@@ -253,8 +253,7 @@ def fit(args, run, part, seeds, x_train, judge, real_val):
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
         row = train_epoch(netG, netD, ema, x_train, g_optimizer, d_optimizer,
-                          (g_schedule, d_schedule), args, rng,
-                          steps=(epoch - 1) * math.ceil(len(x_train) / args.batch_size))
+                          (g_schedule, d_schedule), args, rng)
         # half as many samples as real images, in each epoch: only the epochs compare
         x = sample(ema, noise(len(real_val) // 2, args.noise_dim, 0, args.device))
         distance = frechet_distance(finetune.encode(judge, x), real_val)
@@ -428,35 +427,21 @@ def ablate(args, data, seeds=2):
     ablation = {}
     for name, change in VARIANTS[args.recipe].items():
         ends = []
-        for seed in ((args.seed + s) % 2**32 for s in range(seeds)):
+        for seed in range(args.seed, args.seed + seeds):
             train, val = common.splits(data.y_train, 1, seed)[0]
             fit(common.with_flags(args, **change), run, f"{name}, seed {seed}", (seed,),
                 data.x_train[train], judge, finetune.encode(judge, data.x_train[val]))
             ends.append(run.rows[-1])
         ablation[name] = {**{k: statistics.mean(row[k] for row in ends) for k in (
             "val_frechet", "d_loss", "g_loss")}, "each": [row["val_frechet"] for row in ends]}
-    draw_ablation(run, ablation, f"{data.name}, {args.epochs} epochs each")
+    common.draw_ablation(run, {name: row["each"] for name, row in ablation.items()},
+                         "Frechet distance to validation images",
+                         f"{data.name}, {args.epochs} epochs each")
     best_first = sorted(ablation.items(), key=lambda item: item[1]["val_frechet"])
     return run.finish({"ablation": ablation}, common.table([
         ("Frechet distance, validation", "mean", "each seed", "D loss", "G loss"),
         *((name, row["val_frechet"], " ".join(f"{v:.1f}" for v in row["each"]), row["d_loss"],
            row["g_loss"]) for name, row in best_first)]))
-
-
-def draw_ablation(run, ablation, title):
-    """The Frechet distance of each variant, best first; the losses of all would look alike."""
-    rows = sorted(ablation.items(), key=lambda item: -item[1]["val_frechet"])
-    fig = Figure(figsize=(7, 0.35 * len(rows) + 1.2), layout="constrained")
-    ax = fig.subplots()
-    for y, (_, row) in enumerate(rows):
-        ax.scatter(row["each"], [y] * len(row["each"]), color="C0")
-    first = next(iter(ablation.values()))["each"]
-    ax.axvspan(min(first), max(first), color="gray", alpha=0.3, label="seeds of the recipe itself")
-    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-    ax.set(xlabel="Frechet distance to validation images, a dot for each seed", title=title)
-    ax.grid(alpha=0.3, axis="x")
-    ax.legend()
-    run.save(fig, "ablation", "What lies in the grey band cannot be told from the recipe itself.")
 
 
 def shuffled(x, seed):
@@ -481,9 +466,10 @@ def generators(folders, args, data):
 
     Reconstructions and training images are no generators: they say what the numbers can reach.
     """
-    netA, netV, ours, report = (script.load_run(folders[name]).to(args.device) for script, name in (
-        (ae, "ae"), (vae, "vae"), (sys.modules[__name__], "gan"),
-        (sys.modules[__name__], "gan-report")))
+    netA, netV = ae.load_run(folders["ae"]), vae.load_run(folders["vae"])
+    ours, report = load_run(folders["gan"]), load_run(folders["gan_report"])
+    for net in (netA, netV, ours, report):
+        net.to(args.device)
     n, x_train = len(data.x_test), data.x_train
     print("fitting Gaussians to the codes of AE and VAE", flush=True)
     z_ae, z_vae = ae.encode(netA, x_train), vae.encode(netV, x_train)[0]
@@ -509,12 +495,12 @@ def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
     run = common.Run(args, data)
     judge = finetune.load_judge(args, data)
-    this = sys.modules[__name__]
-    needs = {"ae": (ae, [], 18), "vae": (vae, [], 7), "gan": (this, [], 47),
-             "gan-report": (this, ["--recipe", "report"], 30)}  # script, flags, minutes
-    folders = {name: getattr(args, name.replace("-", "_"))
-               or common.trained(script, name, args, flags, minutes)
-               for name, (script, flags, minutes) in needs.items()}
+    folders = {
+        "ae": args.ae or common.trained("ae", "ae", args, [], minutes=18),
+        "vae": args.vae or common.trained("vae", "vae", args, [], minutes=7),
+        "gan": args.gan or common.trained("gan", "gan", args, [], minutes=47),
+        "gan_report": args.gan_report or common.trained(
+            "gan", "gan-report", args, ["--recipe", "report"], minutes=65)}
     rows, results = {}, {}
     real = finetune.encode(judge, data.x_test)
     for name, draw in generators(folders, args, data).items():

@@ -16,7 +16,6 @@ cores. One seed: latent 2 .0256 (PCA .0461). Each run writes to a new folder in 
 """
 
 import math
-import statistics
 import sys
 
 import torch
@@ -48,7 +47,8 @@ def parse_args(argv=None):
     group.add_argument("--latent-dim", type=number(int, 2, 784), default=18,
                        help="size D of the code z")
     group.add_argument("--sweep", type=number(float, 0, 1e6), nargs="+", metavar="BETA",
-                       help="train once with each of these betas; --beta says which one to show")
+                       help="train once with each of these betas; --beta says which one to show, "
+                            "without it 1 or else the last")
     group = parser.add_argument_group("model and loss")
     group.add_argument("--sigma", type=number(float, 1e-3, 1e3),
                        help="standard deviation of a pixel given z; without it, it is learned")
@@ -247,8 +247,9 @@ def fit(args, run, part, seeds, x_train, x_val):
 def encode(model, x):
     """mu, logvar (N, D) in evaluation mode, order kept. As a code, take mu: it has no noise."""
     model.eval()
-    mu, logvar = zip(*(model.encoder(batch) for batch in x.split(100)), strict=True)
-    return torch.cat(mu), torch.cat(logvar)
+    codes = common.in_batches(lambda batch: torch.stack(model.encoder(batch), 1), x)  # (N, 2, D)
+    mu, logvar = codes.unbind(1)
+    return mu, logvar
 
 
 @torch.no_grad()
@@ -349,8 +350,8 @@ def draw_samples(run, model, data, mu):
     noise = torch.randn(50, mu.shape[1], generator=common.seed_everything(run.args.seed))
     rows = {"from the\nprior": noise.to(mu.device), "from codes\nof images": mu[:20]}
     common.draw_rows(run, "samples", {label: decode(model, z) for label, z in rows.items()}, 10,
-                     f"{data.name}: the prior is not where the codes are",
-                     "A code drawn from the prior often lies between those of images: a monster.")
+                     f"{data.name}: is the prior where the codes are?",
+                     "A code drawn from the prior may lie between those of images: a monster.")
 
 
 def draw_plane(run, model, mu, data):
@@ -405,7 +406,7 @@ def draw_sweep(run, betas, models, tests, data, pca_mse):
 COLUMNS = ("train_loss", "val_loss", "val_mse", "val_kl")  # of an epoch, to print
 
 
-def describe(run, model, beta, test, rows, data, x_train, x_val):
+def describe(run, model, beta, test, rows, data, x_train):
     """Figures 16 to 23 and what else shows one VAE; returns its metrics.
 
     test: what evaluate returns of the test images. rows: its epochs.
@@ -430,7 +431,6 @@ def describe(run, model, beta, test, rows, data, x_train, x_val):
     return {**summary(model, beta, test), "knn_accuracy": knn,
             "pca_mse": F.mse_loss(recon_pca, data.x_test).item(),
             "train_mse": F.mse_loss(reconstruct(model, x_train), x_train).item(),
-            "val_mse": F.mse_loss(reconstruct(model, x_val), x_val).item(),
             "latent_dim": args.latent_dim,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
@@ -442,13 +442,13 @@ def summary(model, beta, test):
             **{k: test[k] for k in ("active_units", "kl_per_dim", "total_correlation")}}
 
 
-def result_rows(names, tests, metrics):
-    """The result as rows of a table."""
-    return [("test images", "MSE", "KL, nats", "active units"),
-            *((f"VAE, {name}", t["mse"], t["kl"], t["active_units"])
-              for name, t in zip(names, tests, strict=True)),
-            (f"PCA, {metrics['latent_dim']} components", metrics["pca_mse"], None, None),
-            ("the report, latent 18", 0.014, None, None)]
+def result_rows(names, val, tests, metrics):
+    """The result as rows of a table; val, tests: what evaluate returns, for each name."""
+    return [("", "validation MSE", "test MSE", "KL, nats", "active units"),
+            *((f"VAE, {name}", v["mse"], t["mse"], t["kl"], t["active_units"])
+              for name, v, t in zip(names, val, tests, strict=True)),
+            (f"PCA, {metrics['latent_dim']} components", None, metrics["pca_mse"], None, None),
+            ("the report, latent 18", None, 0.014, None, None)]
 
 
 # --------------------------------------------------------------------------- sweep
@@ -459,19 +459,21 @@ def sweep(args, data):
     args.sweep = list(dict.fromkeys(args.sweep))  # no beta twice
     x_train, x_val = (data.x_train[idx] for idx in common.splits(data.y_train, 1, args.seed)[0])
     run = common.Run(args, data, columns=COLUMNS)
-    models, tests, rows = [], [], []
+    models, val, tests, rows = [], [], [], []
     for beta in args.sweep:
         models.append(fit(common.with_flags(args, beta=beta), run, f"beta {beta:.10g}",
                           (args.seed, 0), x_train, x_val))
-        tests.append(evaluate(models[-1], data.x_test, beta))
+        val.append(evaluate(models[-1], x_val, beta))
+        tests.append(evaluate(models[-1], data.x_test, beta))  # the one look at the test set
         rows.append(run.rows)
     shown = args.sweep.index(args.beta) if args.beta in args.sweep else -1
     metrics = describe(run, models[shown], args.sweep[shown], tests[shown], rows[shown], data,
-                       x_train, x_val)
-    metrics["sweep"] = [summary(*three) for three in zip(models, args.sweep, tests, strict=True)]
+                       x_train)
+    metrics |= {"val_mse": val[shown]["mse"], "sweep": [
+        summary(*three) for three in zip(models, args.sweep, tests, strict=True)]}
     draw_sweep(run, args.sweep, models, tests, data, metrics["pca_mse"])
     return run.finish(metrics, common.table(result_rows(
-        [f"beta {beta:g}" for beta in args.sweep], tests, metrics)), models[shown])
+        [f"beta {beta:g}" for beta in args.sweep], val, tests, metrics)), models[shown])
 
 
 # --------------------------------------------------------------------------- main
@@ -489,17 +491,17 @@ def main(argv=None):
     for fold, split in enumerate(common.splits(data.y_train, args.folds, args.seed)):
         x_train, x_val = (data.x_train[idx] for idx in split)
         model = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
-        val.append(evaluate(model, x_val, args.beta)["mse"])
+        val.append(evaluate(model, x_val, args.beta))
         tests.append(evaluate(model, data.x_test, args.beta))  # the one look at the test set
 
     # figures and the other numbers are those of the last fold
-    metrics = describe(run, model, args.beta, tests[-1], run.rows, data, x_train, x_val)
+    metrics = describe(run, model, args.beta, tests[-1], run.rows, data, x_train)
+    metrics |= {"folds": args.folds, **common.over_folds([
+        {"val_mse": v["mse"], "test_mse": t["mse"]} for v, t in zip(val, tests, strict=True)])}
+    rows = result_rows([f"fold {fold + 1}" for fold in range(args.folds)], val, tests, metrics)
     if args.folds > 1:
-        each = [t["mse"] for t in tests]
-        metrics |= {"folds": args.folds, "fold_test_mse": each, "fold_val_mse": val,
-                    "test_mse": statistics.mean(each), "test_mse_std": statistics.stdev(each)}
-    names = [f"fold {fold + 1}" for fold in range(args.folds)]
-    return run.finish(metrics, common.table(result_rows(names, tests, metrics)), model)
+        rows.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"], None, None))
+    return run.finish(metrics, common.table(rows), model)
 
 
 if __name__ == "__main__":

@@ -98,40 +98,53 @@ def draw_stand_ins():
             shutil.copy(f"{folder}/run/{name}.png", RESULTS / "finetune")
 
 
-def draw_recipes():
-    """Figure 24 for both recipes of gan.py, from their logs in results/."""
-    fig = Figure(figsize=(9.5, 3.8), layout="constrained")
-    left, right = fig.subplots(1, 2)
-    for color, name, title in (("C1", "gan-report", "report's recipe"), ("C0", "gan", "ours")):
-        log = (RESULTS / name / "log.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in log]
-        epochs = [row["epoch"] for row in rows]
-        left.plot(epochs, [row["d_loss"] for row in rows], color=color, label=f"D, {title}")
-        left.plot(epochs, [row["g_loss"] for row in rows], color=color, ls="--",
-                  label=f"G, {title}")
-        right.plot(epochs, [row["val_frechet"] for row in rows], color=color, label=title)
-    for value in gan.CHANCE.values():
+def draw_recipes(runs):
+    """Figure 24 for both recipes of gan.py, a line for each seed in results/, and samples."""
+    fig = Figure(figsize=(13, 4), layout="constrained")
+    plots, samples = fig.subfigures(1, 2, width_ratios=[3, 1])
+    left, right = plots.subplots(1, 2)
+    grids = samples.subplots(2, 1)
+    for color, ax, name, title in (("C1", grids[0], "gan-report", "the report's recipe"),
+                                   ("C0", grids[1], "gan", "ours")):
+        for n, folder in enumerate(sorted(seeds(RESULTS, name))):
+            log = (folder / "log.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in log]
+            epochs, label = [row["epoch"] for row in rows], {"label": title} if n == 0 else {}
+            left.plot(epochs, [row["d_loss"] for row in rows], color=color, **label)
+            left.plot(epochs, [row["g_loss"] for row in rows], color=color, ls="--")
+            right.plot(epochs, [row["val_frechet"] for row in rows], color=color, **label)
+        net = gan.load_run(seeds(runs, name)[0])
+        common.show_images(ax, gan.sample(net, gan.noise(18, net.linear[0].in_features, 1)), 6)
+        ax.set_title(f"samples, {title}", fontsize=10)
+    for value, label in zip(gan.CHANCE.values(), ("D guesses: 1.386", "G at chance: .693"),
+                            strict=True):
         left.axhline(value, color="gray", lw=1, zorder=0)
-    left.set(ylim=0, xlabel="epoch", ylabel="loss",
-             title="The losses of both come near chance level")
-    right.set(ylim=0, xlabel="epoch", ylabel="Frechet distance, validation",
-              title="The samples of one are still far off")
-    left.legend(fontsize=8)
+        left.text(epochs[-1], value, label, va="bottom", ha="right", fontsize=8)
+    left.set(ylim=0, xlabel="epoch", ylabel="loss: D solid, G dashed",
+             title="At the end their losses hardly differ,")
+    right.set(ylim=0, xlabel="epoch", ylabel="Frechet distance to validation images",
+              title="and their samples do")
+    left.legend(loc="lower right")
     right.legend()
     Folder(RESULTS / "gan").save(fig, "recipes")
+
+
+def seeds(folder, name):
+    """The folders of a run with each of its seeds, those that are there."""
+    return [f for f in sorted(folder.glob(f"{name}*"))
+            if re.fullmatch(rf"{name}(-seed\d+)?", f.name) and (f / "metrics.json").exists()]
 
 
 def draw_strip(runs, data):
     """The picture on top of the README: test images, four models, and a map of the test set."""
     first = [(data.y_test == c).nonzero()[i].item() for i in range(2) for c in range(10)][:12]
     x = data.x_test[first]
-    net_ae, net_vae, net_g = (script.load_run(runs / name) for script, name in (
-        (ae, "ae"), (vae, "vae"), (gan, "gan")))
+    net_ae, net_vae = ae.load_run(runs / "ae-latent18"), vae.load_run(runs / "vae")
+    net_g = gan.load_run(seeds(runs, "gan")[0])
     z = gan.noise(36, net_g.linear[0].in_features, 1)
     rows = {"test images": x, "PCA, 18 numbers": common.pca_reconstruct(data.x_train, x, 18),
-            "VAE, 18 numbers": vae.reconstruct(net_vae, x),
-            "autoencoder, 38": ae.reconstruct(net_ae, x), "invented by the GAN":
-            gan.sample(net_g, z)[:24]}
+            "autoencoder, 18": ae.reconstruct(net_ae, x), "VAE, 18": vae.reconstruct(net_vae, x),
+            "invented by the GAN": gan.sample(net_g, z)[:24]}
     fig = Figure(figsize=(13, 4.2), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=[2, 1.05])
     axes = left.subplots(len(rows), height_ratios=[1, 1, 1, 1, 2])
@@ -157,7 +170,7 @@ def main():
     copy_runs(runs)
     draw_finetune(data)
     draw_stand_ins()
-    draw_recipes()
+    draw_recipes(runs)
     draw_strip(runs, data)
 
 

@@ -48,6 +48,6 @@ def test_the_rate_falls_to_zero():
 def test_each_image_is_compared_with_its_own_label():
     """Predictions (N, 1) against labels (N,): an accuracy of all against all, near chance."""
     y = torch.tensor([0, 1, 2, 2])
-    loss, accuracy = finetune.score(9 * torch.eye(3)[[0, 1, 2, 0]], y)
+    loss, accuracy = finetune.loss_and_accuracy(9 * torch.eye(3)[[0, 1, 2, 0]], y)
     assert accuracy == 0.75
     assert loss == pytest.approx(9 / 4, abs=1e-3)  # of the one that is wrong

@@ -649,8 +649,9 @@ def test_the_digest_tells_trainings_apart(tmp_path, monkeypatch):
     """Another loss under the old name is not seen; or a comment makes every chapter train anew."""
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
 
-    def digest(source):
+    def digest(source, shared="def augment(x):\n    return x\n\ndef fail():\n    pass\n"):
         (tmp_path / "toy.py").write_text(source)
+        (tmp_path / "common.py").write_text(shared)
         return common.digest("toy")
     source = "import math\n\ndef loss(x):\n    return x\n\ndef draw_x():\n    pass\n"
     same = [source, source.replace("(x):", "(x):  # a comment"), source.replace("pass", "return"),
@@ -660,15 +661,18 @@ def test_the_digest_tells_trainings_apart(tmp_path, monkeypatch):
     assert len({digest(text) for text in same}) == 1
     assert len({digest(text) for text in [source, *other]}) == 4
     assert len(digest(source)) == 6
+    assert digest(source, "def augment(x):\n    return x\n") == digest(source)  # without fail()
+    assert digest(source, "def augment(x):\n    return -x\n") != digest(source)
 
 
 # --------------------------------------------------------------------------- trained
 
 
 @pytest.fixture
-def script():
-    """A module whose calls are counted, and whose losses can be given."""
-    module = Namespace(__file__="ae.py", calls=[], losses=[0.3, 0.1, 0.2], parse_args=parse_args)
+def script(monkeypatch):
+    """A module under the name of ae whose calls are counted, and whose losses can be given."""
+    module = Namespace(calls=[], losses=[0.3, 0.1, 0.2], parse_args=parse_args)
+    monkeypatch.setitem(sys.modules, "ae", module)
 
     def count(argv):
         module.calls.append(argv)
@@ -680,32 +684,32 @@ def script():
 FLAGS = ["--latent-dim", "4"]
 
 
-def trained(script, *words, flags=FLAGS):
+def trained(*words, flags=FLAGS):
     """What a chapter calls, which was itself called with these words."""
     args = parse_args([*CPU, *words])
-    return common.trained(script, "judge", args, flags, minutes=9)
+    return common.trained("ae", "judge", args, flags, minutes=9)
 
 
 def test_trained_once_and_used_then(script, capsys):
     """The same command trains twice; a seed, data or --fast that get the network of another."""
-    folder = trained(script)
+    folder = trained()
     out = capsys.readouterr().out
     assert Path(folder) == Path("runs", f"judge-digits-seed0-{common.digest('ae')}")
     assert "python ae.py --latent-dim 4 --data digits --seed 0 makes it" in out
-    assert "9 minutes" in out and trained(script) == folder and len(script.calls) == 1
+    assert "9 minutes" in out and trained() == folder and len(script.calls) == 1
     assert capsys.readouterr().out == f"using {folder}\n"
     assert common.load_run(folder, "ae", parse_args, build).in_features == 4
     script.losses = [0.5] * 3
-    folders = {folder, trained(script, "--seed", "1"), trained(script, "--fast")}
+    folders = {folder, trained("--seed", "1"), trained("--fast")}
     assert len(folders) == len(script.calls) == 3
-    assert json.loads(Path(trained(script, "--fast"), "config.json").read_text())["flags"]["fast"]
+    assert json.loads(Path(trained("--fast"), "config.json").read_text())["flags"]["fast"]
 
 
 def test_trained_takes_no_other_run(script, capsys):
     """What else lies in runs/, newer or better, changes the numbers of a command."""
     for name in ("judge", "judge-digits", "ae-99991231-235959", "judge-digits-seed0"):
         main([*CPU, *FLAGS, "--out-dir", f"runs/{name}"], [0.0] * 3)
-    folder = trained(script)
+    folder = trained()
     assert len(script.calls) == 1
     assert json.loads(Path(folder, "metrics.json").read_text())["best"] == 0.1
 
@@ -714,31 +718,31 @@ def test_trained_goes_on_with_an_interrupted_one(script):
     """Half a training is taken for a whole one, or is trained again from the start."""
     script.losses = [0.3, KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
-        trained(script)
+        trained()
     script.losses = [0.1, 0.2]  # one less than a training from the start would take
-    folder = trained(script, "--data-dir", "moved")
+    folder = trained("--data-dir", "moved")
     assert script.calls[1][:2] == ["--resume", folder]
     assert [row["val_loss"] for row in history(folder)] == [0.3, 0.1, 0.2]
-    assert trained(script) == folder and len(script.calls) == 2
+    assert trained() == folder and len(script.calls) == 2
 
 
 def test_trained_refuses_what_another_command_made(script, fails):
     """A judge of other flags under the same name, or of fewer epochs, judges without a word."""
-    folder = trained(script)
-    message = fails(2, trained, script, flags=["--latent-dim", "5"])
+    folder = trained()
+    message = fails(2, trained, flags=["--latent-dim", "5"])
     assert folder in message and "made by another command" in message
     longer = f"runs/judge-digits-seed1-{common.digest('ae')}"
     script.main([*FLAGS, "--data", "digits", "--seed", "1", "--epochs", "1", "--device", "cpu",
                  "--out-dir", longer])
-    assert longer in fails(2, trained, script, "--seed", "1")
+    assert longer in fails(2, trained, "--seed", "1")
     assert len(script.calls) == 2
 
 
 def test_trained_anew_by_other_code(script, monkeypatch):
     """A chapter goes on with what an earlier version of the script made."""
-    first = trained(script)
+    first = trained()
     monkeypatch.setattr(common, "digest", lambda name: "abcdef")
-    second = trained(script)
+    second = trained()
     assert second.endswith("-abcdef") and second != first and len(script.calls) == 2
 
 

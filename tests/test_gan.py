@@ -59,7 +59,8 @@ def fast_run(tmp_path_factory, fewer, judge):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    for name in ("draw_curves", "draw_samples", "draw_ablation"):
+    monkeypatch.setattr(common, "draw_ablation", lambda *args: None)
+    for name in ("draw_curves", "draw_samples"):
         monkeypatch.setattr(gan, name, lambda *args: None)
 
 
@@ -111,12 +112,13 @@ def networks(*flags):
     return args, *gan.build(args)
 
 
-def train(args, netG, netD, x, g_lr=0.0, d_lr=0.0, **more):
-    """One epoch with plain gradient steps at these rates; returns its means."""
-    return gan.train_epoch(netG, netD, copy.deepcopy(netG), x,
-                           torch.optim.SGD(netG.parameters(), g_lr),
-                           torch.optim.SGD(netD.parameters(), d_lr), (), args,
-                           torch.Generator().manual_seed(0), **more)
+def train(args, netG, netD, x, g_lr=0.0, d_lr=0.0, steps=0):
+    """One epoch with plain gradient steps at these rates, after steps of them; its means."""
+    optimizers = torch.optim.SGD(netG.parameters(), g_lr), torch.optim.SGD(netD.parameters(), d_lr)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizers[0], factor=1.0)
+    schedule.last_epoch = steps
+    return gan.train_epoch(netG, netD, copy.deepcopy(netG), x, *optimizers, (schedule,), args,
+                           torch.Generator().manual_seed(0))
 
 
 # --------------------------------------------------------------------------- model
@@ -507,7 +509,7 @@ def test_compare(two_classes, monkeypatch, capsys):
     # again: the same folders, and nothing is trained; but a run that is named goes before
     calls.clear()
     monkeypatch.setattr(common, "draw_rows", lambda *args: None)
-    named = result["runs"]["gan-report"]
+    named = result["runs"]["gan_report"]
     again = compare([*FAST, "--compare", "--seed", "3", "--gan", named])
     assert calls == [] and again["runs"] == {**result["runs"], "gan": named}
     assert again["generators"] == {**rows, "GAN, ours": rows["GAN, report"]}
@@ -519,7 +521,7 @@ def test_what_generators_draw_from(two_classes, monkeypatch):
     for script, flags in ((ae, []), (vae, []), (gan, []), (gan, ["--recipe", "report"])):
         quick_main(script, [])([*FAST, *flags, "--out-dir", f"{script.__name__}{len(flags)}"])
     args = gan.parse_args([*FAST, "--compare"])
-    draws = gan.generators({"ae": "ae0", "vae": "vae0", "gan": "gan0", "gan-report": "gan2"}, args,
+    draws = gan.generators({"ae": "ae0", "vae": "vae0", "gan": "gan0", "gan_report": "gan2"}, args,
                          two_classes)
     netV, z = vae.load_run("vae0"), gan.noise(60, 18, 11)
     assert torch.equal(draws["VAE, prior"](11), vae.decode(netV, z))
