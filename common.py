@@ -640,7 +640,7 @@ class Run:
 
     def save(self, fig, name, caption):
         """Write a figure; caption: what to look for in it, for index.html."""
-        fig.savefig(self.folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        fig.savefig(self.folder / f"{name}.png", dpi=DPI)
         self.captions[name] = caption
 
     def finish(self, metrics, summary, model=None):
@@ -741,6 +741,7 @@ def trained(script, name, args, flags, minutes):
 
 # --------------------------------------------------------------------------- plotting
 
+DPI = 120  # pixels per inch of a figure's size
 # petroff10: ten colours that the colour-blind can tell apart (Petroff, arXiv 2107.02270)
 COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")

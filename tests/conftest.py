@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads gain nothing on so little data
@@ -19,11 +20,18 @@ sys.path.insert(0, str(ROOT))  # so that plain `pytest` works too
 
 import common  # noqa: E402
 
+common.DPI = 30  # most of a --fast run is the drawing
+
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Every test runs in a folder of its own: runs/ and data/ land there."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return common.load_data(Namespace(data="digits", fast=False, device="cpu"))
 
 
 @pytest.fixture

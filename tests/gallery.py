@@ -42,7 +42,7 @@ class Folder:
         self.folder = folder
 
     def save(self, fig, name, caption=""):
-        fig.savefig(self.folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        fig.savefig(self.folder / f"{name}.png", dpi=common.DPI)
 
 
 def copy_runs(runs):
