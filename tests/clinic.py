@@ -76,7 +76,7 @@ def train(tree, command, out, work):
 
 
 def draw(number, runs, file):
-    """One picture of at most 60 KB; runs: {"healthy": folder, "sick": folder}."""
+    """One picture of at most 90 KB; runs: {"healthy": folder, "sick": folder}."""
     from matplotlib.figure import Figure  # not on top: the tests only need the functions above
     from PIL import Image
     keys, figure, numbers = VIEWS[number]
@@ -85,20 +85,23 @@ def draw(number, runs, file):
               if figure}
     ratio = max((image.height / image.width for image in images.values()), default=0)
     wide = 0 < ratio < 0.5  # one above the other
-    heights = ([2.3] * bool(keys) + [(2 * 5.5 if wide else 4.4) * ratio + 0.5] * bool(figure)
+    heights = ([2.3] * bool(keys) + [(2 * 8 if wide else 4.4) * ratio + 0.5] * bool(figure)
                + [0.25 * len(numbers) + 0.3] * bool(numbers))
     fig = Figure(figsize=(9, sum(heights)), layout="constrained")
     parts = iter(fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     if keys:
         axes = next(parts).subplots(1, len(keys), squeeze=False)[0]
         for ax, key in zip(axes, keys, strict=True):
-            for (name, run), color in zip(runs.items(), ("C0", "C3"), strict=True):
+            for (name, run), style in zip(runs.items(), ("C0", "C3--"), strict=True):
                 rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
                 values = [row[key] for row in rows]
-                ax.plot([row["epoch"] for row in rows], values, color=color, label=name)
+                ax.plot([row["epoch"] for row in rows], values, style, label=name)
                 if min(values) > 0 and max(values) > 5 * min(values):
                     ax.set_yscale("log")
+                    ax.yaxis.set_major_formatter("{x:g}")
+                    ax.yaxis.set_minor_formatter("{x:g}")
             ax.set_title(key, fontsize=9)
+            ax.set_xlabel("epoch", fontsize=8)
             ax.tick_params(labelsize=7, which="both")
             ax.grid(alpha=0.3)
         axes[0].legend(fontsize=8)
@@ -119,7 +122,7 @@ def draw(number, runs, file):
     for colors in (64, 32, 24, 20, 16, 12):
         image.quantize(colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
             file, optimize=True)
-        if file.stat().st_size <= 60_000:
+        if file.stat().st_size <= 90_000:
             break
 
 

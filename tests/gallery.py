@@ -3,9 +3,9 @@
     python tests/gallery.py RUNS
 
 RUNS is a folder of runs that are named like those in results/ (runs/ae, runs/vae-seed1, ...): made
-by `python ae.py --out-dir runs/ae` and so on. Of each, metrics.json, log.jsonl and the figures are
-copied. Figures of finetune.py are drawn again from the numbers in results/, and 31 and 34, which
-take ImageNet weights, from stand-in weights, which their titles say.
+by `python ae.py --out-dir runs/ae` and so on. Of each, metrics.json, log.jsonl and the figures that
+a page shows are copied. Figures of finetune.py are drawn again from the numbers in results/, and 31
+and 34, which take ImageNet weights, from stand-in weights, which their titles say.
 """
 
 import json
@@ -46,7 +46,8 @@ class Folder:
 
 
 def copy_runs(runs):
-    """metrics.json, log.jsonl and figures of every finished run; figures in 256 colours."""
+    """metrics.json, log.jsonl of every finished run, and the figures that a page shows."""
+    pages = "".join(page.read_text() for page in [ROOT / "README.md", *RESULTS.glob("*.md")])
     for folder in sorted(runs.glob("*/")):
         if re.search(r"-seed\d+-", folder.name) or not (folder / "metrics.json").exists():
             continue  # made by common.trained, a judge or an encoder; or unfinished
@@ -55,14 +56,15 @@ def copy_runs(runs):
         for file in [folder / "metrics.json", folder / "log.jsonl"]:
             if file.exists():
                 shutil.copy(file, target)
-        if "-seed" not in folder.name:  # pictures of one seed are enough
-            for file in folder.glob("*.png"):
-                image = Image.open(file).convert("RGB")
-                for scale in (1, 0.75, 0.6):
-                    size = [round(scale * side) for side in image.size]
-                    image.resize(size).quantize(256).save(target / file.name, optimize=True)
-                    if (target / file.name).stat().st_size < 500_000:
-                        break
+        for file in folder.glob("*.png"):
+            if f"{folder.name}/{file.name}" not in pages:
+                continue
+            image = Image.open(file).convert("RGB")
+            for scale in (1, 0.75, 0.6):
+                size = [round(scale * side) for side in image.size]
+                image.resize(size).quantize(256).save(target / file.name, optimize=True)
+                if (target / file.name).stat().st_size < 500_000:
+                    break
 
 
 def draw_finetune(data):
