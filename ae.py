@@ -219,14 +219,15 @@ def make_optimizer(model, args, n):
 
 
 def fit(args, run, part, seeds, x_train, x_val):
-    """Train a network on x_train (N, 1, 28, 28) as one part of the run; returns its best.
+    """Train a network on x_train (N, 1, 28, 28) as one part of the run.
 
-    seeds: numbers that, with the epoch, decide every draw.
+    seeds: numbers that, with the epoch, decide every draw. Returns the network of the best epoch,
+    and the numbers of all epochs as a list of dicts.
     """
     common.seed_everything(*seeds)
     model = build(args)
     optimizer, schedule = make_optimizer(model, args, len(x_train))
-    first = run.resume(part, model=model, optimizer=optimizer, schedule=schedule)
+    first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
         train_loss = train_epoch(model, x_train, optimizer, schedule, args, rng)
@@ -236,7 +237,7 @@ def fit(args, run, part, seeds, x_train, x_val):
                       train_mse=evaluate(model, x_train[:len(x_val)]),  # to compare with val_mse
                       val_mse=val_mse)
     run.load_best(model)
-    return model
+    return model, run.rows
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -348,8 +349,8 @@ def draw_activations(run, model, data):
 def suggest(trial):
     """The search space: a point in it as {flag: value}.
 
-    --hidden stays at 38, so that no point exceeds the report's 29,716 parameters. Two digits, so
-    that the command printed at the end trains what was tried.
+    --hidden stays at 38, so that no point exceeds the report's 29,716 parameters. Values have two
+    digits, so that the command printed at the end trains exactly what was tried.
     """
     values = {"latent_dim": trial.suggest_int("latent_dim", 4, 38),
               "batch_size": trial.suggest_int("batch_size", 32, 128, step=16),
@@ -381,12 +382,12 @@ def tune(args, data):
 
     The cost is the validation MSE after a short training plus --price for each latent dimension.
     MSE alone always prefers more dimensions, and 38 may well be where the report's search ended
-    for that reason; MSE divided by PCA's prefers the fewest. So each dimension costs --price. What
-    one is worth no data can tell: it is for whoever uses the code to say. Of 20 trials the first
+    for that reason; MSE divided by PCA's prefers the fewest. So each dimension costs --price. No
+    data can tell what a dimension is worth; whoever uses the code decides. Of 20 trials the first
     ten are the report's values and random points, only then TPE chooses.
     """
-    train, val = common.splits(data.y_train, 1, args.seed)[0]
-    x_train, x_val = data.x_train[train], data.x_train[val]  # all that a trial sees
+    train_idx, val_idx = common.split(data.y_train, args.seed)
+    x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]  # all that a trial sees
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # we print a line for each trial
     run = common.Run(args, data)
     try:
@@ -416,13 +417,13 @@ def tune(args, data):
 
     finished = (TrialState.COMPLETE, TrialState.PRUNED)
 
-    def report(study, trial):
+    def print_trial(study, trial):
         print(f"trial {trial.number}: {trial.state.name.lower()}, "
               f"{len(study.get_trials(states=finished))} of {args.tune} finished", flush=True)
 
     if len(study.get_trials(states=finished)) < args.tune:
         study.optimize(objective, n_trials=10 * args.tune,  # an end even if all fail
-                       callbacks=[report, optuna.study.MaxTrialsCallback(
+                       callbacks=[print_trial, optuna.study.MaxTrialsCallback(
                            args.tune, states=finished)])
     return finish_search(args, run, study, data.name)
 
@@ -431,12 +432,13 @@ def finish_search(args, run, study, data_name):
     """The table of trials, their picture, the command that trains with the best values."""
     rows = [{"trial": t.number, "state": t.state.name.lower(), **t.user_attrs["values"],
              "epochs": len(t.intermediate_values), "cost": t.value,
-             "val_mse": t.value and t.value - args.price * t.user_attrs["values"]["latent_dim"]}
+             "val_mse": t.value and t.value - args.price * t.user_attrs["values"]["latent_dim"],
+             "report": t.user_attrs.get("report", False)}
             for t in study.trials if "values" in t.user_attrs]
     rows.sort(key=lambda row: (row["state"] != "complete", row["cost"] or math.inf))
     if not rows or rows[0]["state"] != "complete":
         common.fail("not one trial was completed", status=1)
-    best = {k: v for k, v in rows[0].items() if k not in ("state", "epochs")}
+    best = {k: v for k, v in rows[0].items() if k not in ("state", "epochs", "report")}
     best["command"] = "python ae.py " + " ".join(
         f"--{name.replace('_', '-')} {best[name]}" for name in REPORT)
     draw_search(run, rows, data_name)
@@ -455,8 +457,8 @@ def draw_search(run, rows, data_name):
             chosen = [row for row in rows if row["state"] == state]
             ax.scatter([row[key] for row in chosen], [row["cost"] for row in chosen], color=color,
                        marker=marker, label=state)
-        report = [row for row in rows if row["trial"] == 0]
-        ax.scatter([row[key] for row in report], [row["cost"] for row in report], s=150, color="C3",
+        chosen = [row for row in rows if row["report"]]
+        ax.scatter([row[key] for row in chosen], [row["cost"] for row in chosen], s=150, color="C3",
                    facecolors="none", label="the report's values")
         ax.set(xlabel=label, yscale="log")
         ax.grid(alpha=0.3)
@@ -494,12 +496,13 @@ def ablate(args, data, seeds=3):
     for name, flags in VARIANTS.items():
         ends = []  # the last epoch of each seed
         for seed in range(args.seed, args.seed + seeds):
-            train, val = common.splits(data.y_train, 1, seed)[0]
-            fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}", (seed, 0),
-                data.x_train[train], data.x_train[val])
-            ends.append(run.rows[-1])
+            train_idx, val_idx = common.split(data.y_train, seed)
+            _, rows = fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}", (seed, 0),
+                          data.x_train[train_idx], data.x_train[val_idx])
+            ends.append(rows[-1])
         each = [row["val_mse"] for row in ends]
-        baseline = ablation["baseline"]["each"] if ablation else each
+        if name == "baseline":
+            baseline = each
         extra = [a - b for a, b in zip(each, baseline, strict=True)]
         ablation[name] = {
             "variant": name, "val_mse": statistics.mean(each), "std": statistics.stdev(each),
@@ -528,7 +531,7 @@ def main(argv=None):
     folds = []
     for fold, split in enumerate(common.splits(data.y_train, args.folds, args.seed)):
         x_train, x_val = (data.x_train[idx] for idx in split)
-        model = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
+        model, rows = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
         folds.append({"val_mse": evaluate(model, x_val),
                       "test_mse": evaluate(model, data.x_test)})  # the one look at the test set
 
@@ -537,7 +540,7 @@ def main(argv=None):
     figure = "fig01" if args.recipe == "first" else "fig02"
     common.draw_reconstructions(run, f"{figure}_reconstructions", data, {
         "original": data.x_test, "AE": reconstruct(model, data.x_test), "PCA": recon_pca})
-    common.plot_curves(run, "fig03_loss", run.rows, {"MSE per pixel": ("train_mse", "val_mse")},
+    common.plot_curves(run, "fig03_loss", rows, {"MSE per pixel": ("train_mse", "val_mse")},
                        f"{data.name}: autoencoder, latent {args.latent_dim}",
                        "Does the validation curve part from that of training images?")
     dims = [2, 3] if args.latent_dim > 3 else [0, args.latent_dim - 1]
@@ -550,15 +553,15 @@ def main(argv=None):
                "train_mse": evaluate(model, x_train),
                "parameters": sum(p.numel() for p in model.parameters()),
                "latent_dim": args.latent_dim, "knn_accuracy": knn}
-    width, found = (100, 0.023) if args.recipe == "first" else (38, 0.013)
-    rows = [("MSE per pixel", "validation", "test")]
+    report_latent, report_mse = (100, 0.023) if args.recipe == "first" else (38, 0.013)
+    table = [("MSE per pixel", "validation", "test")]
     for n, fold in enumerate(folds, start=1):
-        rows.append((f"autoencoder, fold {n}", fold["val_mse"], fold["test_mse"]))
+        table.append((f"autoencoder, fold {n}", fold["val_mse"], fold["test_mse"]))
     if args.folds > 1:
-        rows.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"]))
-    rows += [(f"PCA, {args.latent_dim} components", None, metrics["pca_mse"]),
-             (f"the report, latent {width}", None, found)]
-    return run.finish(metrics, common.table(rows), model)
+        table.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"]))
+    table += [(f"PCA, {args.latent_dim} components", None, metrics["pca_mse"]),
+              (f"the report, latent {report_latent}", None, report_mse)]
+    return run.finish(metrics, common.table(table), model)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """What the scripts share: flags, data, splits, seeds, augmentation, the run's folder, plotting.
 
 Worth reading are `seed_everything`, `splits`, `batches`, `augment` and `pca_reconstruct`; the rest
-is machinery. Exit status of every script: 0 done, 1 the training
-failed (a loss that is not finite, a full disk), 2 wrong input, 130 interrupted; each but the first
-with one line on stderr.
+is machinery. Exit status of every script: 0 done, 1 the training failed (a loss that is not finite,
+a full disk), 2 wrong input, 130 interrupted; each but the first with one line on stderr.
 """
 
 import argparse
@@ -334,20 +333,25 @@ def seed_everything(*numbers):
     return torch.Generator().manual_seed(seed)
 
 
+def split(y, seed):
+    """(training indices, validation indices): one stratified 80/20 split; see splits."""
+    y = y.cpu().numpy()  # a class of one image cannot be in both parts
+    stratify = y if np.unique(y, return_counts=True)[1].min() > 1 else None
+    pair = train_test_split(np.arange(len(y)), test_size=0.2, stratify=stratify, random_state=seed)
+    return tuple(torch.tensor(part) for part in pair)
+
+
 def splits(y, folds, seed):
-    """[(training indices, validation indices)]: one stratified 80/20 split, or stratified k-fold.
+    """[(training indices, validation indices)]: stratified k-fold, or with folds 1 one split.
 
     y: (N,) class labels. Stratified: each part has the classes in the proportions of the whole, so
     that a fold without sandals is no reason for a bad fold. Over k folds the validation parts cover
     everything once. Indices are int64 tensors on the CPU, disjoint; the test set is none of them.
     """
+    if folds == 1:
+        return [split(y, seed)]
     y = y.cpu().numpy()
-    if folds > 1:
-        pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)
-    else:  # a class of one image cannot be in both parts
-        stratify = y if np.unique(y, return_counts=True)[1].min() > 1 else None
-        pairs = [train_test_split(np.arange(len(y)), test_size=0.2, stratify=stratify,
-                                  random_state=seed)]
+    pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)
     return [tuple(torch.tensor(part) for part in pair) for pair in pairs]
 
 
@@ -419,13 +423,16 @@ def pca_reconstruct(x_train, x_test, k):
     return torch.tensor(x_hat, dtype=torch.float32, device=x_test.device).view_as(x_test)
 
 
+NEIGHBOURS = 5  # that vote; "5-NN" in titles and tables
+
+
 def knn_accuracy(points, y):
-    """Do the classes keep apart? How often the 5 nearest points (N, D) vote for the truth.
+    """Do the classes keep apart? How often the NEIGHBOURS nearest points (N, D) vote for the truth.
 
     Returns the accuracy and that of each class, {class: accuracy}, both 5-fold: each point is asked
     once, and the other four fifths vote. The points have no order, so the folds need no shuffling.
     """
-    vote = KNeighborsClassifier(5)
+    vote = KNeighborsClassifier(NEIGHBOURS)
     right = cross_val_predict(vote, points, y, cv=KFold(5)) == y
     return right.mean().item(), {c: right[y == c].mean().item() for c in np.unique(y).tolist()}
 
@@ -507,18 +514,28 @@ def load_checkpoint(file, things):
 def digest(script):
     """Six letters that change with what a training may depend on, and not with comments.
 
-    That is the script's classes, constants and functions but for those that draw, and of common.py
-    the four that every training calls.
+    That is the classes, constants and functions, but for those that draw, of the script and of the
+    chapters that it imports; and of common.py what every training calls.
     """
-    def nodes(file):
-        tree = ast.parse(Path(__file__).with_name(file).read_text(encoding="utf-8"))
-        kinds = ast.ClassDef | ast.FunctionDef | ast.Assign
-        return [(getattr(n, "name", ""), ast.dump(n)) for n in tree.body if isinstance(n, kinds)]
+    def file(name):
+        return Path(__file__).with_name(f"{name}.py")
 
-    lesson = ("seed_everything", "splits", "batches", "augment")
-    code = [text for name, text in nodes(f"{script}.py") if not name.startswith(("draw_", "main"))]
-    code += [text for name, text in nodes("common.py") if name in lesson]
-    return hashlib.sha256("".join(code).encode()).hexdigest()[:6]
+    def nodes(name):
+        tree = ast.parse(file(name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                node.body = node.body[1:]
+        return tree.body
+
+    imported = {alias.name for node in nodes(script) if isinstance(node, ast.Import)
+                for alias in node.names}
+    chapters = sorted(name for name in {script} | imported - {"common"} if file(name).exists())
+    lesson = ("seed_everything", "split", "splits", "batches", "augment")
+    code = [node for node in nodes("common") if getattr(node, "name", "") in lesson]
+    code += [node for name in chapters for node in nodes(name)
+             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign)
+             and not getattr(node, "name", "").startswith(("draw_", "main"))]
+    return hashlib.sha256("".join(map(ast.dump, code)).encode()).hexdigest()[:6]
 
 
 def shell(*words):
@@ -585,13 +602,15 @@ class Run:
         except OSError as error:
             fail(f"cannot write to {name} ({error.strerror}): name another with --out-dir")
 
-    def resume(self, part, epochs=None, **things):
+    def begin(self, part, epochs, model, **others):
         """Begin a part, or go on with it; returns the first of its epochs still to be trained.
 
-        things: model=, optimizer=, ..., whatever has a state_dict(): restored here from the last
-        checkpoint, saved by end_epoch(). For a part that is finished it returns epochs + 1.
+        model and others, whatever has a state_dict(), are restored here from the last checkpoint;
+        end_epoch() saves them all, and keeps the best weights of the model. For a part that is
+        finished it returns epochs + 1.
         """
-        self.part, self.things, self.epochs = part, things, epochs or self.args.epochs
+        things = {"model": model, **others}
+        self.part, self.things, self.epochs = part, things, epochs
         self.checkpoint = self.folder / f"{re.sub('[^a-zA-Z0-9.+]+', '-', part)}.pt"
         self.rows, self.images, self.best = [], [], {}  # of this part
         if self.checkpoint.exists():

@@ -44,7 +44,6 @@ TRAINING = {
           "--epochs 20 --lr 0.012",
     "vae": "--latent-dim 2 --hidden 48 --epochs 16 --lr 0.006 --batch-size 64",
 }
-NEIGHBOURS = 5  # in both measures; see common.knn_accuracy
 
 
 def parse_args(argv=None):
@@ -52,7 +51,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     group = parser.add_argument_group("maps")
     group.add_argument("--points", type=number(int, 16, 10**9), metavar="N",
-                       help="the first N test images; None: all of them")
+                       help="the first N test images; without it all of them")
     group.add_argument("--perplexity", type=number(float, 2, 10**4), nargs="+", default=[30],
                        metavar="P", help="how many neighbours t-SNE cares for; of several, the one "
                                          "beside the other maps is 30, or the first")
@@ -120,7 +119,7 @@ def measure(x, y, maps, classes):
     """
     for name, points, numbers in maps:
         accuracy, of_class = common.knn_accuracy(points, y)
-        trust = trustworthiness(common.pixels(x), points, n_neighbors=NEIGHBOURS)
+        trust = trustworthiness(common.pixels(x), points, n_neighbors=common.NEIGHBOURS)
         numbers |= {"knn_accuracy": accuracy, "trustworthiness": float(trust),
                     "places_new_points": name != "tsne",
                     "class_accuracy": {classes[c]: a for c, a in of_class.items()}}
@@ -211,7 +210,9 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
 def find_encoder(script, args):
     """The run of ae.py or vae.py to take: a named one, or the best we know, made if need be."""
     name = script.__name__
-    flags = shlex.split(TRAINING[name]) + ["--epochs", "3"] * args.fast  # the last one counts
+    flags = shlex.split(TRAINING[name])
+    if args.fast:
+        flags += ["--epochs", "3"]  # the last one counts
     return getattr(args, name) or common.trained(name, f"{name}2", args, flags, minutes=15)
 
 
@@ -243,7 +244,7 @@ def main(argv=None):
         draw_maps(run, "perplexity", tsne, x, y, data)
     return run.finish({
         "methods": {name: numbers for name, _, numbers in four}, "points": n,
-        "neighbours": NEIGHBOURS, "perplexity": [numbers for *_, numbers in tsne]}, table(maps))
+        "neighbours": common.NEIGHBOURS, "perplexity": [numbers for *_, numbers in tsne]}, table(maps))
 
 
 if __name__ == "__main__":

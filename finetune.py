@@ -116,16 +116,19 @@ def parse_args(argv=None):
 
 def settings(args, name):
     """The flags of one model: what was asked for, else its SETTINGS; model: its name."""
-    t = common.with_flags(args, model=name, optimizer="adam",
-                          schedule="constant" if args.recipe == "report" else "onecycle")
-    for flag, value in SETTINGS[args.recipe][name].items():
-        if getattr(args, flag, None) is None or (name, flag) == ("cnn", "train"):
-            setattr(t, flag, value)
-    t.scratch = args.scratch and name == "ae"
-    t.mirror = t.augment in ("flip", "shift", "erase") if args.mirror is None else args.mirror
-    t.title = name + " from scratch" * t.scratch + {
-        "all": "", "last": ", last layers trained", "head": ", linear probe"}[t.train]
-    return t
+    flags = common.with_flags(args, model=name, optimizer="adam",
+                              schedule="constant" if args.recipe == "report" else "onecycle")
+    for flag, default in SETTINGS[args.recipe][name].items():
+        asked = getattr(args, flag, None)  # weight_decay has no flag
+        setattr(flags, flag, default if asked is None else asked)
+    if name == "cnn":
+        flags.train = "all"  # nothing to freeze
+    flags.scratch = args.scratch and name == "ae"
+    if args.mirror is None:  # test on both views if trained on both
+        flags.mirror = flags.augment in ("flip", "shift", "erase")
+    flags.title = name + (" from scratch" if flags.scratch else "") + {
+        "all": "", "last": ", last layers trained", "head": ", linear probe"}[flags.train]
+    return flags
 
 
 # --------------------------------------------------------------------------- model
@@ -192,7 +195,7 @@ class CNN(nn.Module):
 def build(args, classes, start=None):
     """The network of args.model. start: weights by name, of ImageNet or of another training.
 
-    model.trained: its modules that learn; the others are frozen.
+    model.trained: its modules that learn, for train_epoch; the others are frozen.
     """
     if args.model == "ae":
         net = ae.load_run(args.encoder) if args.encoder else ae.Autoencoder()
@@ -210,7 +213,8 @@ def build(args, classes, start=None):
         model = ResNet18(classes)
         last = [model.net.layer3, model.net.layer4, model.head]
     model.trained = {"all": [model], "last": last, "head": [model.head]}[args.train]
-    model.load_state_dict(model.state_dict() | (start or {}))
+    if start is not None:  # it lacks the last layer, which stays random
+        model.load_state_dict({**model.state_dict(), **start})
     model.requires_grad_(False)
     for module in model.trained:
         module.requires_grad_(True)
@@ -225,16 +229,17 @@ def imagenet_weights(args):
     weights = ResNet18_Weights.IMAGENET1K_V1
     file = Path(args.weights or Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name))
     try:
+        socket.setdefaulttimeout(10)  # seconds without an answer: torch.hub waits for ever
         if not (args.weights or args.fast or file.exists()):
-            socket.setdefaulttimeout(10)  # seconds without an answer: torch.hub waits for ever
             weights.get_state_dict(check_hash=True, weights_only=True)
-            socket.setdefaulttimeout(None)
         state_dict = common.load_tensors(file)
         torchvision.models.resnet18().load_state_dict(state_dict)  # does it fit?
         return {f"net.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
     except Exception as error:  # whatever garbage makes the readers raise
         raise LookupError(f"no ImageNet weights in {file} ({type(error).__name__}: "
                           f"{str(error)[:200]})") from error
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 # --------------------------------------------------------------------------- training
@@ -261,19 +266,20 @@ def train_epoch(model, x, y, optimizer, schedule, args, rng):
 
 
 def fit(args, run, part, seeds, train, val, classes, start=None):
-    """Train args.model as one part of the run; returns the network of its best epoch.
+    """Train args.model as one part of the run.
 
     train, val: (x, y) each. seeds: numbers that, with the epoch, decide every draw. start: see
-    build.
+    build. Returns the network of the epoch with the lowest validation loss, and the numbers of all
+    epochs as a list of dicts.
     """
     common.seed_everything(*seeds)
     (x, y), (x_val, y_val) = train, val
     model = build(args, classes, start)
     if args.train != "all" and (args.scratch or args.model == "resnet18-random"):
-        # frozen random layers would keep mean 0 and variance 1, which fit no data: measured once
+        # frozen random layers would keep mean 0 and variance 1, which are not the data's: measure
         update_bn(x[:10_000].split(500), model)
     optimizer, schedule = ae.make_optimizer(model, args, len(x))
-    first = run.resume(part, args.epochs, model=model, optimizer=optimizer, schedule=schedule)
+    first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
         train_loss = train_epoch(model, x, y, optimizer, schedule, args, rng)
@@ -283,7 +289,7 @@ def fit(args, run, part, seeds, train, val, classes, start=None):
         run.end_epoch(score=val_loss, train_loss=train_loss, seen_loss=seen_loss,
                       seen_accuracy=seen_accuracy, val_loss=val_loss, val_accuracy=val_accuracy)
     run.load_best(model)
-    return model
+    return model, run.rows
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -294,7 +300,9 @@ def predict(model, x, mirror=False):
     """Logits (N, C) in evaluation mode, order kept; mirror: the mean with those of x.flip(3)."""
     model.eval()
     logits = common.in_batches(model, x)
-    return (logits + predict(model, x.flip(3))) / 2 if mirror else logits
+    if mirror:
+        logits = (logits + common.in_batches(model, x.flip(3))) / 2
+    return logits
 
 
 @torch.no_grad()
@@ -326,6 +334,8 @@ def load_judge(args, data):
     """The CNN that judges the samples of gan.py, in evaluation mode: --judge, or a new one."""
     folder = args.judge or common.trained("finetune", "judge", args,
                                           ["--model", "cnn", "--epochs", "8"], minutes=6)
+    if common.read_config(folder, "finetune")["flags"]["model"] not in ("cnn", "all"):
+        common.fail(f"{folder} is no run of finetune.py --model cnn, which the judge is")
     judge = common.load_run(folder, "finetune", parse_args, lambda flags: CNN(len(data.classes)))
     return judge.to(args.device).eval()
 
@@ -355,8 +365,8 @@ def label_subset(y, n, seed):
 def probe(encode, train, val, test):
     """(validation, test) accuracy of the best logistic regression on standardised codes.
 
-    train, val, test: (x, y) each. Best on val. Standardised: a code's dimensions have scales of
-    their own, and the penalty would count them unequally.
+    train, val, test: (x, y) each; encode: x -> codes (N, D). Best on val. Standardised: a code's
+    dimensions have scales of their own, and the penalty would count them unequally.
     """
     (z, y), (z_val, y_val), (z_test, y_test) = (
         (encode(x).cpu().double().numpy(), y.cpu().numpy()) for x, y in (train, val, test))
@@ -366,16 +376,20 @@ def probe(encode, train, val, test):
     return best.score(z_val, y_val), best.score(z_test, y_test)
 
 
-def fit_best(candidates, t, run, part, seeds, data, classes, start=None):
+def fit_best(candidates, flags, run, part, seeds, data, classes, start=None):
     """(validation, test) accuracy of the network whose settings are best on val.
 
     data: (x, y) of train, val and test. start: the weights to begin with, by name, if not all are
-    to be random.
+    to be random. Of one training the epoch is chosen by the loss, which is smoother; of several
+    the best by accuracy, which is what counts.
     """
     train, val, test = data
-    models = [fit(common.with_flags(t, **flags), run,
-                  f"{part}, {flags['lr']} {flags['augment']}", seeds, train, val, classes, start)
-              for flags in candidates]
+    models = []
+    for change in candidates:
+        model, _ = fit(common.with_flags(flags, **change), run,
+                       f"{part}, {change['lr']} {change['augment']}", seeds, train, val, classes,
+                       start)
+        models.append(model)
     best = max(models, key=lambda model: evaluate(model, *val)[1])
     return evaluate(best, *val)[1], evaluate(best, *test)[1]
 
@@ -384,11 +398,11 @@ def label_efficiency(args, data):
     """Accuracy against the number of labels, for four ways to use them; returns the metrics.
 
     The settings of each way are chosen on the validation images, for each number of labels and each
-    seed. These are 12,000 labels more, which whoever has 100 has not: what counts is that all ways
-    are chosen alike. The encoders saw all training images, without labels, and are the same ones
+    seed. Somebody with 100 labels would not have these 12,000: what counts is that all ways are
+    chosen alike. The encoders saw every image of the pool, without labels, and are the same ones
     for all three seeds.
     """
-    pool, val_idx = common.splits(data.y_train, 1, args.seed)[0]
+    pool, val_idx = common.split(data.y_train, args.seed)
     for n in args.labels:
         if not len(data.classes) <= n <= len(pool):
             common.fail(f"--labels {n}: it takes {len(data.classes)} to {len(pool)}, from an image "
@@ -400,21 +414,20 @@ def label_efficiency(args, data):
     encoders = {"probe on AE codes": lambda x: ae.encode(net_ae, x),
                 "probe on VAE codes": lambda x: vae.encode(net_vae, x)[0]}
     val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
-    t = settings(args, "ae")
-    t.train = "all"
-    points = defaultdict(list)
+    flags, points = settings(args, "ae"), defaultdict(list)
     for n in sorted(set(args.labels)):
         for seed in range(args.seed, args.seed + SEEDS):
             idx = pool[label_subset(data.y_train[pool], n, seed)]
             train = data.x_train[idx], data.y_train[idx]
             for way, encode in encoders.items():
                 points[way, n].append(probe(encode, train, val, test))
-            idx = idx.repeat(math.ceil(len(pool) / 10 / n))  # so that an epoch has steps enough
-            train = data.x_train[idx], data.y_train[idx]
+            # an epoch shows a tenth of the pool at least, however few images that are
+            idx = idx.repeat(math.ceil(len(pool) / 10 / n))
+            repeated = data.x_train[idx], data.y_train[idx]
             for way, scratch in (("fine-tuned", False), ("from scratch", True)):
                 points[way, n].append(fit_best(
-                    CANDIDATES, common.with_flags(t, scratch=scratch), run, f"{n}, {way}, {seed}",
-                    (seed, 0), (train, val, test), len(data.classes)))
+                    CANDIDATES, common.with_flags(flags, scratch=scratch), run,
+                    f"{n}, {way}, {seed}", (seed, 0), (repeated, val, test), len(data.classes)))
     return finish_points(run, points, "label_efficiency",
                          f"{data.name}: does it help to rebuild images first?")
 
@@ -431,27 +444,35 @@ def transfer(args, data):
         common.fail(f"--transfer takes four classes or more, two for each half: there are "
                     f"{len(data.classes)}")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    t, points = settings(args, "cnn"), defaultdict(list)
-    t.batch_size = 32
-    for seed in range(args.seed, args.seed + SEEDS):
-        train, val = common.splits(data.y_train, 1, seed)[0]
-        parts = ((data.x_train[train], data.y_train[train]), (data.x_train[val], data.y_train[val]),
-                 (data.x_test, data.y_test))
-        first = [(x[y < half], y[y < half]) for x, y in parts]
-        (x, y), val, test = [(x[y >= half], y[y >= half] - half) for x, y in parts]
-        val = [v[:1000] for v in val]  # enough to choose, and each epoch looks at them
+    flags, points = settings(args, "cnn"), defaultdict(list)
+    flags.batch_size = 32
 
-        before = fit(t, run, f"first classes, {seed}", (seed, 0), first[0], first[1], half)
+    def of_classes(x, y, low, high):  # their images, and labels that count from 0
+        chosen = (y >= low) & (y < high)
+        return x[chosen], y[chosen] - low
+
+    for seed in range(args.seed, args.seed + SEEDS):
+        train_idx, val_idx = common.split(data.y_train, seed)
+        train, val = ((data.x_train[idx], data.y_train[idx]) for idx in (train_idx, val_idx))
+        before, _ = fit(flags, run, f"first classes, {seed}", (seed, 0),
+                        of_classes(*train, 0, half), of_classes(*val, 0, half), half)
         start = {k: v for k, v in before.state_dict().items() if not k.startswith("head")}
-        for n in [n for n in (50, 500, 5000) if n <= len(x)] or [len(x)]:
+
+        classes = len(data.classes)
+        x, y = of_classes(*train, half, classes)
+        x_val, y_val = of_classes(*val, half, classes)
+        val = x_val[:1000], y_val[:1000]  # enough to choose, and each epoch looks at them
+        test = of_classes(data.x_test, data.y_test, half, classes)
+        for n in [n for n in (50, 500, 5000) if n <= len(x)] or [len(x)]:  # all, if fewer than 50
             idx = label_subset(y, n, seed)
             points["frozen", n].append(probe(
                 lambda images, net=before: encode(net, images), (x[idx], y[idx]), val, test))
-            idx = idx.repeat(math.ceil(len(x) / 16 / n))  # so that an epoch has steps enough
+            # an epoch shows a sixteenth of the images at least, however few different ones
+            idx = idx.repeat(math.ceil(len(x) / 16 / n))
             for way, weights in (("fine-tuned", start), ("from scratch", None)):
                 points[way, n].append(fit_best(
-                    TRANSFER, t, run, f"{n}, {way}, {seed}", (seed, 1),
-                    ((x[idx], y[idx]), val, test), len(data.classes) - half, weights))
+                    TRANSFER, flags, run, f"{n}, {way}, {seed}", (seed, 1),
+                    ((x[idx], y[idx]), val, test), classes - half, weights))
     return finish_points(run, points, "transfer",
                          f"{data.name}: does it help to learn other classes first?")
 
@@ -461,13 +482,12 @@ def finish_points(run, points, name, question):
 
     points: {(way, number of labels): [(validation accuracy, test accuracy) of each training]}.
     """
-    ways, labels = (list(dict.fromkeys(column)) for column in zip(*points, strict=True))
-    results = {way: {str(n): {} for n in labels} for way in ways}
+    results, labels = defaultdict(dict), sorted({n for _, n in points})
     for (way, n), pairs in points.items():
-        for prefix, each in zip(("val_", ""), zip(*pairs, strict=True), strict=True):
-            results[way][str(n)] |= {f"{prefix}mean": statistics.mean(each),
-                                     f"{prefix}std": statistics.stdev(each),
-                                     f"{prefix}each": list(each)}
+        val, test = ([pair[i] for pair in pairs] for i in (0, 1))
+        results[way][str(n)] = {
+            "val_mean": statistics.mean(val), "val_std": statistics.stdev(val), "val_each": val,
+            "mean": statistics.mean(test), "std": statistics.stdev(test), "each": test}
     fig = Figure(figsize=(7, 4.5), layout="constrained")
     ax = fig.subplots()
     colors = {"from scratch": "black", "fine-tuned": "C3"}  # the same in both figures
@@ -562,40 +582,45 @@ def table3(models, left_out):
 # --------------------------------------------------------------------------- main
 
 
-def train_and_test(t, args, run, data, splits, start):
+def train_and_test(flags, run, data, splits, start):
     """All folds of one model; (its metrics, the network of its last fold, which the figures show).
 
-    t: its settings. start: see build.
+    flags: its settings. start: see build.
     """
     folds = []
     for fold, split in enumerate(splits):
         train, val = ((data.x_train[idx], data.y_train[idx]) for idx in split)
-        part = f"{t.title}, fold {fold + 1}" if len(splits) > 1 else t.title
-        model = fit(t, run, part, (args.seed, fold), train, val, len(data.classes), start)
-        logits = predict(model, data.x_test, t.mirror)  # the one look at the test set
+        part = f"{flags.title}, fold {fold + 1}" if len(splits) > 1 else flags.title
+        model, rows = fit(flags, run, part, (flags.seed, fold), train, val, len(data.classes),
+                          start)
+        logits = predict(model, data.x_test, flags.mirror)  # the one look at the test set
         loss, accuracy = loss_and_accuracy(logits, data.y_test)
-        best = run.rows[run.best["epoch"] - 1]
+        best = min(rows, key=lambda row: row["val_loss"])
         folds.append({"test_accuracy": accuracy, "test_loss": loss,
-                      "val_accuracy": best["val_accuracy"], "val_loss": best["val_loss"]})
+                      "val_accuracy": best["val_accuracy"], "val_loss": best["val_loss"],
+                      "train_seconds": sum(row["seconds"] for row in rows)})
+
+    # all else is of the last fold
     matrix = confusion_matrix(data.y_test.cpu().numpy(), logits.argmax(1).cpu().numpy(),
                               labels=range(len(data.classes)))
     metrics = {
         **common.over_folds(folds),
         "seen_loss": best["seen_loss"], "seen_accuracy": best["seen_accuracy"],
-        "best_epoch": best["epoch"], "train_seconds": sum(row["seconds"] for row in run.rows),
+        "best_epoch": best["epoch"],
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        **{k: getattr(t, k) for k in ("title", "scratch", "mirror", "schedule",
-                                      *SETTINGS["best"]["ae"])},
+        **{name: getattr(flags, name) for name in (
+            "title", "scratch", "mirror", "schedule", "train", "epochs", "batch_size", "lr",
+            "weight_decay", "augment")},
         "per_class": (matrix.diagonal() / matrix.sum(1).clip(min=1)).tolist(),
         "confusion": matrix.tolist(), "most_confused": most_confused(matrix, data.classes)}
-    curves, confusion = FIGURES[t.model]
-    common.plot_curves(run, curves, run.rows, {
+    curves, confusion = FIGURES[flags.model]
+    common.plot_curves(run, curves, rows, {
         "accuracy": ("seen_accuracy", "val_accuracy"),
-        "cross entropy, nats": ("seen_loss", "val_loss")}, f"{data.name}: {t.title}",
+        "cross entropy, nats": ("seen_loss", "val_loss")}, f"{data.name}: {flags.title}",
         "Does the validation loss rise again while the training loss falls?")
-    draw_confusion(run, confusion, matrix, data.classes, f"{data.name}, {t.title}")
-    draw_mistakes(run, t.model, data, logits, t.title)
+    draw_confusion(run, confusion, matrix, data.classes, f"{data.name}, {flags.title}")
+    draw_mistakes(run, flags.model, data, logits, flags.title)
     return metrics, model
 
 
@@ -607,7 +632,8 @@ def main(argv=None):
         return label_efficiency(args, data)
     if args.transfer:
         return transfer(args, data)
-    names, imagenet, left_out = list(TABLE3) if args.model == "all" else [args.model], None, {}
+    names = list(TABLE3) if args.model == "all" else [args.model]
+    imagenet, left_out = None, {}
     splits = common.splits(data.y_train, args.folds, args.seed)
     if "resnet18" in names:
         try:
@@ -618,19 +644,19 @@ def main(argv=None):
             left_out["resnet18"] = str(problem)
             names.remove("resnet18")
             print(f"table 3 goes without resnet18: {problem}")
-    for t in (settings(args, name) for name in names if name.startswith("resnet")):
-        if t.train != "head" and any(
-                t.batch_size == 1 or len(idx) % t.batch_size == 1 for idx, _ in splits):
-            common.fail(f"--batch-size {t.batch_size} leaves a batch of one image, and ResNet18's "
-                        "last BatchNorm has nothing to average there: take another")
+    for name in names:
+        flags = settings(args, name)
+        if name.startswith("resnet") and flags.train != "head" and any(
+                flags.batch_size == 1 or len(idx) % flags.batch_size == 1 for idx, _ in splits):
+            common.fail(f"--batch-size {flags.batch_size} leaves a batch of one image, and ResNet18"
+                        "'s last BatchNorm has nothing to average there: take another")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
     if "ae" in names and not args.scratch:
         args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=18)
 
     models = {}
     for name in names:
-        t = settings(args, name)
-        models[name], model = train_and_test(t, args, run, data, splits,
+        models[name], model = train_and_test(settings(args, name), run, data, splits,
                                              imagenet if name == "resnet18" else None)
     draw_per_class(run, models, data)
     return run.finish({"models": models, "left_out": left_out,

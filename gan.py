@@ -70,7 +70,7 @@ def parse_args(argv=None):
                             "and for two other sizes of noise; 3 epochs each")
     group.add_argument("--compare", action="store_true",
                        help="AE, VAE and both GANs side by side; trains what is not there yet")
-    common.add_training_flags(parser, RECIPES, epochs=16, batch_size=64, lr=0.006, augment="none",
+    common.add_training_flags(parser, RECIPES, epochs=30, batch_size=64, lr=0.006, augment="none",
                               folds=False)
     group = parser.add_argument_group("model")
     group.add_argument("--filters", type=number(int, 1, 512), nargs=3, default=[128, 64, 32],
@@ -139,7 +139,7 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(f2 * 7 * 7, 1)
 
     def forward(self, x):               # (B, 1, 28, 28)
-        x = self.block1(2 * x - 1)      # (B, f1, 14, 14); to [-1, 1]: from 0 no weight learns
+        x = self.block1(2 * x - 1)      # (B, f1, 14, 14); [-1, 1], as black 0 gives no gradient
         x = self.block2(x).flatten(1)   # (B, f2 * 49)
         return self.linear(x).squeeze(1)
 
@@ -176,15 +176,17 @@ def bce(logits, target):
 # --------------------------------------------------------------------------- training
 
 
-def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, rng):
-    """One pass over x (N, 1, 28, 28). Returns the epoch's means as a dict, weighed by images.
+def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, args, rng):
+    """One pass over x (N, 1, 28, 28). Returns the epoch's means over the images as a dict.
 
     d_loss, g_loss; d_accuracy_real, d_accuracy_fake: how often D was right, before its step;
     g_gradient: the norm of G's gradient. Adam divides by its usual size, so a small one alone does
     not slow G down.
     """
-    netG.train(), netD.train()
-    totals = 0.0
+    netG.train()
+    netD.train()
+    totals = dict.fromkeys(("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake",
+                            "g_gradient"), 0.0)
     for idx in common.batches(len(x), args.batch_size, rng, x.device):
         real = common.augment(x[idx], args.augment, rng)
         z = torch.randn(len(idx), args.noise_dim, generator=rng).to(x.device)
@@ -205,25 +207,28 @@ def train_epoch(netG, netD, ema, x, g_optimizer, d_optimizer, schedules, args, r
         g_optimizer.step()
 
         steps = schedules[0].last_epoch  # it counts steps, from the first one of the training on
-        update_average(ema, netG, min(args.ema, (1 + steps) / (10 + steps)))
+        update_average(netG_ema, netG, min(args.ema, (1 + steps) / (10 + steps)))
         for schedule in schedules:
             schedule.step()
 
-        totals += len(idx) * torch.stack([  # stays on the device: .item() would make a GPU wait
-            d_loss.detach(), g_loss.detach(), (real_logits > 0).float().mean(),
-            (fake_logits < 0).float().mean(), get_total_norm(p.grad for p in netG.parameters())])
-    return dict(zip(("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake", "g_gradient"),
-                    (totals / len(x)).tolist(), strict=True))
+        means = {"d_loss": d_loss.detach(), "g_loss": g_loss.detach(),
+                 "d_accuracy_real": (real_logits > 0).float().mean(),
+                 "d_accuracy_fake": (fake_logits < 0).float().mean(),
+                 "g_gradient": get_total_norm(p.grad for p in netG.parameters())}
+        for name in totals:  # stays on the device: .item() would make a GPU wait
+            totals[name] += means[name] * len(idx)
+    return {name: (total / len(x)).item() for name, total in totals.items()}
 
 
 @torch.no_grad()
-def update_average(ema, netG, decay):
-    """ema = decay * ema + (1 - decay) * netG, for weights and for BatchNorm's statistics.
+def update_average(netG_ema, netG, decay):
+    """netG_ema = decay * netG_ema + (1 - decay) * netG, weights and BatchNorm's statistics.
 
     G circles around a good place rather than reach it; the average lies inside. The decay grows
     with the steps, (1 + t) / (10 + t) at most: else the first random weights would count for long.
     """
-    for average, value in zip(ema.state_dict().values(), netG.state_dict().values(), strict=True):
+    for average, value in zip(netG_ema.state_dict().values(), netG.state_dict().values(),
+                              strict=True):
         if average.is_floating_point():  # the other one counts batches
             average.lerp_(value, 1 - decay)
 
@@ -234,33 +239,34 @@ def make_optimizer(net, args, n):
     if args.schedule == "linear":
         steps = args.epochs * math.ceil(n / args.batch_size)
         return optimizer, torch.optim.lr_scheduler.PolynomialLR(optimizer, steps)  # of power 1
-    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # no schedule
 
 
-def fit(args, run, part, seeds, x_train, judge, real_val):
-    """Train one GAN as one part of the run; returns its best averaged netG, and netD.
+def fit(args, run, part, seeds, x_train, judge, val_features):
+    """Train one GAN on x_train (N, 1, 28, 28) as one part of the run.
 
-    real_val: the judge's features of the validation images. run.images: what the same ten noise
-    vectors gave after each epoch. seeds: numbers that, with the epoch, decide every draw.
+    val_features: the judge's, of the validation images. seeds: numbers that, with the epoch, decide
+    every draw. Returns the averaged generator of the best epoch, the numbers of all epochs as a
+    list of dicts, and what the same ten noise vectors gave after each epoch, (10, 1, 28, 28) each.
     """
     common.seed_everything(*seeds)
     netG, netD = build(args)
-    ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
+    netG_ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
     g_optimizer, g_schedule = make_optimizer(netG, args, len(x_train))
     d_optimizer, d_schedule = make_optimizer(netD, args, len(x_train))
-    first = run.resume(part, model=ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
-                       d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule)
+    first = run.begin(part, args.epochs, netG_ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
+                      d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
-        row = train_epoch(netG, netD, ema, x_train, g_optimizer, d_optimizer,
+        row = train_epoch(netG, netD, netG_ema, x_train, g_optimizer, d_optimizer,
                           (g_schedule, d_schedule), args, rng)
-        # half as many samples as real images, in each epoch: only the epochs compare
-        x = sample(ema, noise(len(real_val) // 2, args.noise_dim, 0, args.device))
-        distance = frechet_distance(finetune.encode(judge, x), real_val)
-        run.end_epoch(score=distance, **row, val_frechet=distance,
-                      images=sample(ema, noise(10, args.noise_dim, 1, args.device)))
-    run.load_best(ema)
-    return ema, netD
+        # half as many samples as real images, to save time: compare it between epochs only
+        z = noise(len(val_features) // 2, args.noise_dim, VAL_NOISE, args.device)
+        distance = frechet_distance(finetune.encode(judge, sample(netG_ema, z)), val_features)
+        shown = sample(netG_ema, noise(10, args.noise_dim, FIGURE_NOISE, args.device))
+        run.end_epoch(score=distance, **row, val_frechet=distance, images=shown)
+    run.load_best(netG_ema)
+    return netG_ema, run.rows, run.images
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -273,12 +279,12 @@ def sample(netG, z):
     return common.in_batches(netG, z)
 
 
-def noise(n, dim, seed, device="cpu"):
-    """z (n, dim), the same for the same seed, without touching the training's draws.
+# seeds of noise. They do not follow --seed, so that two runs show the same vectors
+VAL_NOISE, FIGURE_NOISE, WALK_NOISE, TEST_NOISE, COMPARE_NOISE = 0, 1, 2, 3, (10, 11, 12)
 
-    Seeds here: 0 validation, 1 figures, 2 walks, 3 test, 10 to 12 --compare. They do not follow
-    --seed, so that two runs show the same vectors.
-    """
+
+def noise(n, dim, seed, device="cpu"):
+    """z (n, dim), the same for the same seed, without touching the training's draws."""
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
@@ -305,7 +311,7 @@ def precision_recall(real, fake, k=3):
     """
     def covered(points, by):
         radius = torch.cat([torch.cdist(part, by).kthvalue(k + 1).values  # + 1: itself, at 0
-                            for part in by.split(1000)])  # 1,000 rows at a time: 40 MB of 400
+                            for part in by.split(1000)])  # 1,000 rows: 40 MB instead of 400
         return torch.cat([(torch.cdist(part, by) <= radius).any(1)
                           for part in points.split(1000)]).float().mean().item()
     return covered(fake, by=real), covered(real, by=fake)
@@ -328,13 +334,18 @@ def two_sample(real, fake, n=2000):
 
 
 @torch.no_grad()
-def judge_images(judge, x, real, real_x):
-    """All metrics of images x against real ones real_x (as many) and their features."""
-    fake = finetune.encode(judge, x)
-    precision, recall = precision_recall(real, fake)
+def judge_images(judge, x, real_x, real_features):
+    """All metrics of images x against real ones real_x (as many) and the judge's features of them.
+
+    {frechet, precision, recall, two_sample and two_sample_pixels: (real half, fake half),
+    class_coverage: the share of each class in what the judge sees in x}.
+    """
+    features = finetune.encode(judge, x)
+    precision, recall = precision_recall(real_features, features)
     logits = common.in_batches(judge, x)
-    return {"frechet": frechet_distance(real, fake), "precision": precision, "recall": recall,
-            "two_sample": two_sample(real, fake), "two_sample_pixels": two_sample(real_x, x),
+    return {"frechet": frechet_distance(real_features, features), "precision": precision,
+            "recall": recall, "two_sample": two_sample(real_features, features),
+            "two_sample_pixels": two_sample(real_x, x),
             "class_coverage": (logits.argmax(1).bincount(minlength=logits.shape[1])
                                / len(x)).tolist()}
 
@@ -348,8 +359,11 @@ def nearest(x, x_train):
 # --------------------------------------------------------------------------- figures
 
 
-def draw_curves(run, rows, floor, data_name):
-    """Figure 24: both losses over the epochs with their chance level, and what they do not show."""
+def draw_curves(run, rows, train_frechet, data_name):
+    """Figure 24: both losses over the epochs with their chance level, and what they do not show.
+
+    train_frechet: the distance of training images, which no generator can be expected to beat.
+    """
     panels = {"loss": ("d_loss", "g_loss"), "D's accuracy": ("d_accuracy_real", "d_accuracy_fake"),
               "Frechet distance to validation images": ("val_frechet",),
               "norm of G's gradient": ("g_gradient",)}
@@ -363,7 +377,7 @@ def draw_curves(run, rows, floor, data_name):
         if ylabel == "D's accuracy":
             ax.axhline(0.5, color="gray", ls="--", label="chance level")
         if keys == ("val_frechet",):
-            ax.axhline(floor, color="gray", ls="--", label="training images")
+            ax.axhline(train_frechet, color="gray", ls="--", label="training images")
             ax.set_ylim(0)
         ax.set(xlabel="epoch", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -373,20 +387,23 @@ def draw_curves(run, rows, floor, data_name):
     run.save(fig, "fig24_loss", "Could you tell from the losses when the samples became good?")
 
 
-def draw_samples(run, netG, data, x_train):
-    """Figure 25, the nearest training images, one noise over the epochs, a walk between two."""
-    args, album = run.args, run.images
-    x = sample(netG, noise(56, args.noise_dim, 1, args.device))
+def draw_samples(run, netG, data, x_train, album):
+    """Figure 25, the nearest training images, one noise over the epochs, a walk between two.
+
+    album: images of the same noise vectors, (10, 1, 28, 28) for each epoch.
+    """
+    args = run.args
+    x = sample(netG, noise(56, args.noise_dim, FIGURE_NOISE, args.device))
     common.draw_rows(run, "fig25_samples", {"test images": data.x_test[:56], "generated": x}, 14,
                      f"{data.name}: real and generated images", "Which half is real?")
     rows = {"generated": x[:14], "nearest in\ntraining set": nearest(x[:14], x_train)[0]}
     common.draw_rows(run, "nearest", rows, 14, f"{data.name}: does the generator copy?",
                      "Alike, or the same?")
-    shown = np.unique(np.geomspace(1, len(album), 8).round().astype(int))
-    common.draw_rows(run, "epochs", {f"epoch {e}": album[e - 1] for e in shown}, len(album[0]),
+    epochs = np.unique(np.geomspace(1, len(album), 8).round().astype(int))
+    common.draw_rows(run, "epochs", {f"epoch {e}": album[e - 1] for e in epochs}, len(album[0]),
                      f"{data.name}: the same noise vectors over the epochs",
                      "When do shapes settle, and when details?")
-    z = noise(12, args.noise_dim, 2, args.device)
+    z = noise(12, args.noise_dim, WALK_NOISE, args.device)
     angle = torch.linspace(0, math.pi / 2, 12, device=z.device)[:, None]
     # cos * a + sin * b is again N(0, I); halfway on a straight line z would be too short
     walks = [angle.cos() * a + angle.sin() * b for a, b in zip(z[:6], z[6:], strict=True)]
@@ -428,10 +445,11 @@ def ablate(args, data, seeds=2):
     for name, change in VARIANTS[args.recipe].items():
         ends = []
         for seed in range(args.seed, args.seed + seeds):
-            train, val = common.splits(data.y_train, 1, seed)[0]
-            fit(common.with_flags(args, **change), run, f"{name}, seed {seed}", (seed,),
-                data.x_train[train], judge, finetune.encode(judge, data.x_train[val]))
-            ends.append(run.rows[-1])
+            train_idx, val_idx = common.split(data.y_train, seed)
+            _, rows, _ = fit(
+                common.with_flags(args, **change), run, f"{name}, seed {seed}", (seed,),
+                data.x_train[train_idx], judge, finetune.encode(judge, data.x_train[val_idx]))
+            ends.append(rows[-1])
         ablation[name] = {**{k: statistics.mean(row[k] for row in ends) for k in (
             "val_frechet", "d_loss", "g_loss")}, "each": [row["val_frechet"] for row in ends]}
     common.draw_ablation(run, {name: row["each"] for name, row in ablation.items()},
@@ -458,7 +476,7 @@ def sample_density(net, density, n, seed):
     """n images (n, 1, 28, 28) that an autoencoder decodes from draws of a density of its codes."""
     density.random_state = seed
     z = shuffled(torch.tensor(density.sample(n)[0]).float(), seed)  # sample() sorts its points
-    return vae.decode(net, z.to(next(net.parameters()).device))  # takes any net with a decoder
+    return vae.decode(net, z.to(next(net.parameters()).device))  # an AE has a decoder too
 
 
 def generators(folders, args, data):
@@ -473,10 +491,11 @@ def generators(folders, args, data):
     n, x_train = len(data.x_test), data.x_train
     print("fitting Gaussians to the codes of AE and VAE", flush=True)
     z_ae, z_vae = ae.encode(netA, x_train), vae.encode(netV, x_train)[0]
-    ae_1, ae_50, vae_50 = (fit_density(z, components, args.seed) for z, components in (
-        (z_ae, 1), (z_ae, 50), (z_vae, 50)))
+    ae_1 = fit_density(z_ae, 1, args.seed)
+    ae_50 = fit_density(z_ae, 50, args.seed)
+    vae_50 = fit_density(z_vae, 50, args.seed)
 
-    def gan(netG, seed):
+    def from_gan(netG, seed):
         return sample(netG, noise(n, netG.linear[0].in_features, seed, args.device))
 
     return {
@@ -484,8 +503,8 @@ def generators(folders, args, data):
         "AE, 50 Gaussians": lambda seed: sample_density(netA, ae_50, n, seed),
         "VAE, prior": lambda seed: vae.decode(netV, noise(n, z_vae.shape[1], seed, args.device)),
         "VAE, 50 Gaussians": lambda seed: sample_density(netV, vae_50, n, seed),
-        "GAN, report": lambda seed: gan(report, seed),
-        "GAN, ours": lambda seed: gan(ours, seed),
+        "GAN, report": lambda seed: from_gan(report, seed),
+        "GAN, ours": lambda seed: from_gan(ours, seed),
         "AE, reconstructions": lambda seed: ae.reconstruct(netA, shuffled(x_train, seed)[:n]),
         "VAE, reconstructions": lambda seed: vae.reconstruct(netV, shuffled(x_train, seed)[:n]),
         "training images": lambda seed: shuffled(x_train, seed)[:n]}
@@ -502,10 +521,10 @@ def compare(args, data):
         "gan_report": args.gan_report or common.trained(
             "gan", "gan-report", args, ["--recipe", "report"], minutes=65)}
     rows, results = {}, {}
-    real = finetune.encode(judge, data.x_test)
-    for name, draw in generators(folders, args, data).items():
-        sets = [draw(seed) for seed in range(10, 13)]  # not the seed that chose the best epoch
-        each = [judge_images(judge, x, real, data.x_test) for x in sets]
+    test_features = finetune.encode(judge, data.x_test)
+    for name, generate in generators(folders, args, data).items():
+        sets = [generate(seed) for seed in COMPARE_NOISE]
+        each = [judge_images(judge, x, data.x_test, test_features) for x in sets]
         results[name] = {key: each[0][key] for key in (
             "class_coverage", "two_sample", "two_sample_pixels")}
         for key in ("frechet", "precision", "recall"):
@@ -514,7 +533,7 @@ def compare(args, data):
         rows[f"{name}\nFrechet {results[name]['frechet']:.1f}"] = sets[0][:14]
     common.draw_rows(run, "generators", rows, 14, f"{data.name}: which model is the best "
                      "generator?", "Look for blur, and for kinds of clothes that are never made.")
-    return run.finish({"samples": len(real), "generators": results, "runs": folders}, [
+    return run.finish({"samples": len(data.x_test), "generators": results, "runs": folders}, [
         "mean of three sets of samples of one training each; 1-NN: the share of real and of "
         "generated", "images that are recognised", "", *common.table([
             ("", "Frechet", "precision", "recall", "1-NN: real", "generated"),
@@ -535,43 +554,43 @@ def main(argv=None):
         return ablate(args, data)
     run = common.Run(args, data, columns=("d_loss", "g_loss", "val_frechet"))
     judge = finetune.load_judge(args, data)
-    train, val = common.splits(data.y_train, 1, args.seed)[0]
-    x_train, x_val = data.x_train[train], data.x_train[val]
-    real_val = finetune.encode(judge, x_val)
-    netG, netD = fit(args, run, args.recipe, (args.seed,), x_train, judge, real_val)
+    train_idx, val_idx = common.split(data.y_train, args.seed)
+    x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]
+    val_features = finetune.encode(judge, x_val)
+    netG, rows, album = fit(args, run, args.recipe, (args.seed,), x_train, judge, val_features)
 
-    # the one look at the test set, with the weights of the best validation epoch
-    n, real = len(data.x_test), finetune.encode(judge, data.x_test)
-    x = sample(netG, noise(n, args.noise_dim, 3, args.device))
-    found = judge_images(judge, x, real, data.x_test)
+    # the one look at the test set, with the averaged weights of the best validation epoch
+    n, test_features = len(data.x_test), finetune.encode(judge, data.x_test)
+    x = sample(netG, noise(n, args.noise_dim, TEST_NOISE, args.device))
+    found = judge_images(judge, x, data.x_test, test_features)
     # the judge was trained on most of these, so this is not quite the floor of new images
-    floor = judge_images(judge, x_train[:n], real, data.x_test)
+    floor = judge_images(judge, x_train[:n], data.x_test, test_features)
     # closer to the training images than test images are: copies, or blur, for a smooth image
     # is near to everything; nearest.png tells which
     near, near_test = (nearest(images, x_train)[1].median().item()
                        for images in (x[:1000], data.x_test[:1000]))
-    draw_curves(run, run.rows, frechet_distance(
-        finetune.encode(judge, x_train[:len(x_val) // 2]), real_val), data.name)
-    draw_samples(run, netG, data, x_train)
+    draw_curves(run, rows, frechet_distance(
+        finetune.encode(judge, x_train[:len(x_val) // 2]), val_features), data.name)
+    draw_samples(run, netG, data, x_train, album)
 
-    last = run.rows[-1]  # table 2; the samples are those of the best epoch
-    return run.finish({
+    first, last, best = rows[0], rows[-1], min(rows, key=lambda row: row["val_frechet"])
+    metrics = {
         **found, **{f"{k}_floor": v for k, v in floor.items()}, "nearest": near,
-        "nearest_floor": near_test,
+        "nearest_floor": near_test,  # the losses are the last epoch's, the samples the best one's
         **{k: last[k] for k in ("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake")},
-        "samples": n, "g_gradient": [run.rows[0]["g_gradient"], last["g_gradient"]],
-        "val_frechet": run.best["score"], "best_epoch": run.best["epoch"],
+        "samples": n, "g_gradient": [first["g_gradient"], last["g_gradient"]],
+        "val_frechet": best["val_frechet"], "best_epoch": best["epoch"],
         "noise_dim": args.noise_dim, "recipe": args.recipe,
-        "parameters": sum(p.numel() for net in (netG, netD) for p in net.parameters())},
-        common.table([
-            (f"{n:,} samples, {n:,} test images", "Frechet", "precision", "recall", "D loss",
-             "G loss"),
-            ("this GAN", found["frechet"], found["precision"], found["recall"], last["d_loss"],
-             last["g_loss"]),
-            ("training images: the floor", floor["frechet"], floor["precision"],
-             floor["recall"], None, None),
-            ("the report", None, None, None, 1.36, 0.72),
-            ("chance level, 2 ln 2 and ln 2", None, None, None, *CHANCE.values())]), netG)
+        "parameters": sum(p.numel() for net in build(args) for p in net.parameters())}
+    table = [(f"{n:,} samples, {n:,} test images", "Frechet", "precision", "recall", "D loss",
+              "G loss"),
+             ("this GAN", found["frechet"], found["precision"], found["recall"], last["d_loss"],
+              last["g_loss"]),
+             ("training images: the floor", floor["frechet"], floor["precision"],
+              floor["recall"], None, None),
+             ("the report", None, None, None, 1.36, 0.72),
+             ("chance level, 2 ln 2 and ln 2", None, None, None, *CHANCE.values())]
+    return run.finish(metrics, common.table(table), netG)
 
 
 if __name__ == "__main__":

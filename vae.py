@@ -93,7 +93,7 @@ class Encoder(nn.Module):
     def forward(self, x):               # (B, 1, 28, 28)
         x = self.block1(x)              # (B, f1, 13, 13)
         x = self.block2(x).flatten(1)   # (B, f2 * 25): 5x5 pixels in each map
-        x = self.linear(x)              # (B, hidden)
+        x = self.linear(x)              # (B, hidden); as it is if hidden is 0
         return self.mu(x), self.logvar(x)
 
 
@@ -212,9 +212,10 @@ def train_epoch(model, x, optimizer, schedule, args, rng):
 
 
 def fit(args, run, part, seeds, x_train, x_val):
-    """Train a VAE on x_train (N, 1, 28, 28) as one part of the run; returns its best.
+    """Train a VAE on x_train (N, 1, 28, 28) as one part of the run.
 
-    seeds: numbers that, with the epoch, decide every draw.
+    seeds: numbers that, with the epoch, decide every draw. Returns the network of the best epoch,
+    and the numbers of all epochs as a list of dicts.
     """
     common.seed_everything(*seeds)
     model = build(args)
@@ -222,7 +223,7 @@ def fit(args, run, part, seeds, x_train, x_val):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, epochs=args.epochs,
         steps_per_epoch=math.ceil(len(x_train) / args.batch_size))
-    first = run.resume(part, model=model, optimizer=optimizer, schedule=schedule)
+    first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
         train_loss = train_epoch(model, x_train, optimizer, schedule, args, rng)
@@ -233,11 +234,11 @@ def fit(args, run, part, seeds, x_train, x_val):
             score=unseen["loss"], beta=args.beta, train_loss=train_loss, seen_loss=seen["loss"],
             val_loss=unseen["loss"], train_mse=seen["mse"], val_mse=unseen["mse"],
             val_kl=unseen["kl"], val_elbo=unseen["elbo"], active_units=unseen["active_units"])
-    if run.rows[-1]["active_units"] == 0:
+    run.load_best(model)
+    if evaluate(model, x_val, args.beta)["active_units"] == 0:
         print(f"warning: posterior collapse at beta {args.beta:g}: no latent unit is active, the "
               "decoder ignores z. Try a smaller --beta", file=sys.stderr)
-    run.load_best(model)
-    return model
+    return model, run.rows
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -305,7 +306,7 @@ def draw_traversals(run, model, data, mu, dims):
     start = start_class(run.args, data)
     z = mu[data.y_test == start][:1]  # (1, D)
     values = torch.linspace(-3, 3, 11, device=z.device)
-    ticks = [f"{v:z.1f}" for v in values.tolist()]
+    ticks = [f"{v:z.1f}" for v in values.tolist()]  # z: no minus before 0.0
     title = f"{data.name}, from the code of a test {names[start]}"
     for number, d in zip((21, 22), dims, strict=True):
         common.draw_rows(run, f"fig{number}_traversal",
@@ -428,14 +429,14 @@ def describe(run, model, beta, test, rows, data, x_train):
     draw_samples(run, model, data, mu)
     if args.latent_dim == 2:
         draw_plane(run, model, mu, data)
-    return {**summary(model, beta, test), "knn_accuracy": knn,
+    return {**test_numbers(model, beta, test), "knn_accuracy": knn,
             "pca_mse": F.mse_loss(recon_pca, data.x_test).item(),
             "train_mse": F.mse_loss(reconstruct(model, x_train), x_train).item(),
             "latent_dim": args.latent_dim,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
-def summary(model, beta, test):
+def test_numbers(model, beta, test):
     """The test numbers of one network, for metrics.json; test: what evaluate returns."""
     return {"beta": beta, "sigma": model.log_sigma.exp().item(),
             **{f"test_{k}": test[k] for k in ("mse", "kl", "elbo")},
@@ -457,20 +458,22 @@ def result_rows(names, val, tests, metrics):
 def sweep(args, data):
     """One training per beta, from the same draws; returns the metrics. Main numbers: of --beta."""
     args.sweep = list(dict.fromkeys(args.sweep))  # no beta twice
-    x_train, x_val = (data.x_train[idx] for idx in common.splits(data.y_train, 1, args.seed)[0])
+    train_idx, val_idx = common.split(data.y_train, args.seed)
+    x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]
     run = common.Run(args, data, columns=COLUMNS)
-    models, val, tests, rows = [], [], [], []
+    models, histories, val, tests = [], [], [], []
     for beta in args.sweep:
-        models.append(fit(common.with_flags(args, beta=beta), run, f"beta {beta:.10g}",
-                          (args.seed, 0), x_train, x_val))
-        val.append(evaluate(models[-1], x_val, beta))
-        tests.append(evaluate(models[-1], data.x_test, beta))  # the one look at the test set
-        rows.append(run.rows)
+        model, rows = fit(common.with_flags(args, beta=beta), run, f"beta {beta:.10g}",
+                          (args.seed, 0), x_train, x_val)
+        models.append(model)
+        histories.append(rows)
+        val.append(evaluate(model, x_val, beta))
+        tests.append(evaluate(model, data.x_test, beta))  # the one look at the test set
     shown = args.sweep.index(args.beta) if args.beta in args.sweep else -1
-    metrics = describe(run, models[shown], args.sweep[shown], tests[shown], rows[shown], data,
+    metrics = describe(run, models[shown], args.sweep[shown], tests[shown], histories[shown], data,
                        x_train)
     metrics |= {"val_mse": val[shown]["mse"], "sweep": [
-        summary(*three) for three in zip(models, args.sweep, tests, strict=True)]}
+        test_numbers(*three) for three in zip(models, args.sweep, tests, strict=True)]}
     draw_sweep(run, args.sweep, models, tests, data, metrics["pca_mse"])
     return run.finish(metrics, common.table(result_rows(
         [f"beta {beta:g}" for beta in args.sweep], val, tests, metrics)), models[shown])
@@ -490,18 +493,18 @@ def main(argv=None):
     tests, val = [], []
     for fold, split in enumerate(common.splits(data.y_train, args.folds, args.seed)):
         x_train, x_val = (data.x_train[idx] for idx in split)
-        model = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
+        model, rows = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
         val.append(evaluate(model, x_val, args.beta))
         tests.append(evaluate(model, data.x_test, args.beta))  # the one look at the test set
 
     # figures and the other numbers are those of the last fold
-    metrics = describe(run, model, args.beta, tests[-1], run.rows, data, x_train)
+    metrics = describe(run, model, args.beta, tests[-1], rows, data, x_train)
     metrics |= {"folds": args.folds, **common.over_folds([
         {"val_mse": v["mse"], "test_mse": t["mse"]} for v, t in zip(val, tests, strict=True)])}
-    rows = result_rows([f"fold {fold + 1}" for fold in range(args.folds)], val, tests, metrics)
+    table = result_rows([f"fold {fold + 1}" for fold in range(args.folds)], val, tests, metrics)
     if args.folds > 1:
-        rows.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"], None, None))
-    return run.finish(metrics, common.table(rows), model)
+        table.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"], None, None))
+    return run.finish(metrics, common.table(table), model)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def measured(metrics):
 def test_trustworthiness_of_known_maps():
     """A measure of another scale, or with the map's distances taken for the truth."""
     def trust(points):
-        return embed.trustworthiness(line, points, n_neighbors=embed.NEIGHBOURS)
+        return embed.trustworthiness(line, points, n_neighbors=common.NEIGHBOURS)
     line = np.array([[2.0 ** i, 0] for i in range(16)])  # i has i-1, ..., 0, i+1, ..., 15 around it
     assert trust(line) == trust(line[:, ::-1] * 9 - 4) == 1
     # now 1 to 5 have 15 near, truly the last of all: 10 too far each. 0 has 10 to 14 around it,

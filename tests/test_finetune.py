@@ -92,7 +92,9 @@ def no_figures(monkeypatch):
 class NoRun:
     """Takes the place of a Run in fit(); before: the weights that the training starts from."""
 
-    def resume(self, part, epochs, model, **things):
+    rows = ()
+
+    def begin(self, part, epochs, model, **others):
         self.before = copy.deepcopy(model.state_dict())
         return 1
 
@@ -110,7 +112,8 @@ def trained(data, name, *flags, n=40, **change):
         *flags]), name)
     vars(t).update(change)
     run, part = NoRun(), (data.x_train[:n], data.y_train[:n])
-    return finetune.fit(t, run, "", (0, 0), part, [p[:5] for p in part], len(data.classes)), run
+    model, _ = finetune.fit(t, run, "", (0, 0), part, [p[:5] for p in part], len(data.classes))
+    return model, run
 
 
 # --------------------------------------------------------------------------- models
@@ -371,8 +374,8 @@ def test_settings_are_chosen_on_validation_images(val, chosen, encoder, fewer, m
     """Settings that do best on the test set; of equal ones those that do best there."""
     monkeypatch.setattr(vae, "main", quick_main(vae, fewer))
     monkeypatch.setattr(finetune, "probe", lambda *args: (0.0, 0.0))
-    monkeypatch.setattr(finetune, "fit", lambda flags, *rest: finetune.CANDIDATES.index(
-        {"lr": flags.lr, "augment": flags.augment}))
+    monkeypatch.setattr(finetune, "fit", lambda flags, *rest: (finetune.CANDIDATES.index(
+        {"lr": flags.lr, "augment": flags.augment}), []))
     for test in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)):
         monkeypatch.setattr(finetune, "evaluate", lambda which, x, y, test=test: (  # fit's answer
             0.0, (test if x is fewer.x_test else val)[which]))
@@ -404,6 +407,7 @@ def test_which_images_are_labelled(encoder, fewer, monkeypatch, no_figures):
         note(seeds[0], flags.scratch, train, val)
         parts.append(part)
         assert flags.train == "all" and flags.encoder == encoder
+        return None, []
     monkeypatch.setattr(finetune, "fit", fit)
     probed = iter(range(1000))  # two for each seed, three seeds for each number of labels
     monkeypatch.setattr(finetune, "probe", lambda encode, *parts: note(
@@ -431,7 +435,7 @@ def test_transfer_starts_from_the_other_classes_alone(fewer, monkeypatch, no_fig
         for x, y in (train, val):
             assert classes == 5 and set(y.tolist()) <= set(range(5))
             assert y.equal(fewer.y_train[x[:, 0, 0, 0].long()] - new)
-        return model
+        return model, []
 
     def probe(encode, train, val, test):
         probed.append(encode(fewer.x_test))

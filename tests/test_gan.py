@@ -355,12 +355,12 @@ def test_judging_images(judge, digits):
     """A histogram of another axis; real images in the place of generated ones, or of features."""
     x = digits.x_train[:300]
     real = finetune.encode(judge, x)
-    result = gan.judge_images(judge, x, real, x)
+    result = gan.judge_images(judge, x, x, real)
     assert result["class_coverage"] == pytest.approx(
         [(judge(x).argmax(1) == c).float().mean().item() for c in range(10)])
     assert (result["precision"], result["recall"]) == (1, 1)
     fake = 0.5 * x.mean(0) + 0.5 * digits.x_test
-    result = gan.judge_images(judge, fake, real, x)
+    result = gan.judge_images(judge, fake, x, real)
     assert result["frechet"] == pytest.approx(
         gan.frechet_distance(finetune.encode(judge, fake), real))
     assert (result["precision"], result["recall"]) == gan.precision_recall(
@@ -392,7 +392,7 @@ def test_fast_run(fast_run, judge, fewer):
     for name in ("fig24_loss", "fig25_samples", "nearest", "epochs", "interpolation"):
         assert (folder / f"{name}.png").exists() and f"{name}.png" in page
     x = gan.sample(gan.load_run(folder), gan.noise(60, 32, 3))
-    again = gan.judge_images(judge, x, finetune.encode(judge, fewer.x_test), fewer.x_test)
+    again = gan.judge_images(judge, x, fewer.x_test, finetune.encode(judge, fewer.x_test))
     assert again["frechet"] == pytest.approx(metrics["frechet"])
     best = min(history(folder), key=lambda row: row["val_frechet"])
     assert (metrics["val_frechet"], metrics["best_epoch"]) == (best["val_frechet"], best["epoch"])

@@ -32,7 +32,7 @@ def main(argv, losses, parts=("fold 1",)):
         model = build(args)
         torch.nn.init.zeros_(model.weight)
         torch.nn.init.zeros_(model.bias)
-        for _ in range(run.resume(part, model=model), args.epochs + 1):
+        for _ in range(run.begin(part, args.epochs, model), args.epochs + 1):
             loss = next(losses)
             if isinstance(loss, BaseException):
                 raise loss
