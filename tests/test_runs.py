@@ -337,6 +337,7 @@ def test_the_digest_tells_trainings_apart(tmp_path, monkeypatch):
         return common.digest("toy")
     source = "import math\n\ndef loss(x):\n    return x\n\ndef draw_x():\n    pass\n"
     same = [source, source.replace("(x):", "(x):  # a comment"), source.replace("pass", "return"),
+            source.replace("(x):", '(x):\n    """Words."""'),
             source + "\n\ndef main():\n    pass\n"]
     other = [source.replace("return x", "return 2 * x"), source + "class A:\n    b = 1\n",
              source + "class A:\n    b = 2\n"]
@@ -345,6 +346,11 @@ def test_the_digest_tells_trainings_apart(tmp_path, monkeypatch):
     assert len(digest(source)) == 6
     assert digest(source, "def augment(x):\n    return x\n") == digest(source)  # without fail()
     assert digest(source, "def augment(x):\n    return -x\n") != digest(source)
+    source = "import other\n\n" + source
+    (tmp_path / "other.py").write_text("rate = 1\n")
+    before = digest(source)
+    (tmp_path / "other.py").write_text("rate = 2\n")
+    assert digest(source) != before  # of what it builds on
 
 
 # --------------------------------------------------------------------------- trained
