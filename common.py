@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -493,7 +494,10 @@ def load_tensors(file):
     """What torch.save wrote, if it is whole, and plain tensors and containers: runs no code."""
     if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
         raise zipfile.BadZipFile("CRC mismatch")  # torch.load does not compare them
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its message advises weights_only=False
+        raise ValueError("more than plain tensors: it could run code") from None
 
 
 def load_checkpoint(file, things):

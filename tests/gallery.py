@@ -121,11 +121,11 @@ def draw_recipes(runs):
     for value, label in zip(gan.CHANCE.values(), ("D guesses: 1.386", "G at chance: .693"),
                             strict=True):
         left.axhline(value, color="gray", lw=1, zorder=0)
-        left.text(epochs[-1], value, label, va="bottom", ha="right", fontsize=8)
+        left.text(30, value, label, va="top", ha="right", fontsize=8)
     left.set(ylim=0, xlabel="epoch", ylabel="loss: D solid, G dashed",
              title="At the end their losses hardly differ,")
     right.set(ylim=0, xlabel="epoch", ylabel="Frechet distance to validation images",
-              title="and their samples do")
+              title="but their samples do")
     left.legend(loc="lower right")
     right.legend()
     Folder(RESULTS / "gan").save(fig, "recipes")
