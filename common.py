@@ -853,10 +853,10 @@ def scatter(ax, points, y, classes):
 
 
 def draw_latent(run, z, data, dims, numbers):
-    """Figures 4 to 6 and 18 to 20: two dimensions of z (N, D); all of them by PCA and by t-SNE.
+    """Figures 4 to 6 and 18 to 20; returns {"z", "tsne": 5-NN accuracy there}.
 
-    numbers: of the three figures. Returns {"z", "tsne": 5-NN accuracy there}: how well the classes
-    keep apart. At most 3,000 points: t-SNE takes minutes for 10,000.
+    They show, under these numbers, two dimensions of z (N, D), and all of them by PCA and by t-SNE.
+    At most 3,000 points: t-SNE takes minutes for 10,000.
     """
     z, y = z[:3000].cpu().double().numpy(), data.y_test[:3000].cpu().numpy()
     tsne = TSNE(perplexity=min(30, (len(z) - 1) / 3), random_state=run.args.seed).fit_transform(z)

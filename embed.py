@@ -244,7 +244,8 @@ def main(argv=None):
         draw_maps(run, "perplexity", tsne, x, y, data)
     return run.finish({
         "methods": {name: numbers for name, _, numbers in four}, "points": n,
-        "neighbours": common.NEIGHBOURS, "perplexity": [numbers for *_, numbers in tsne]}, table(maps))
+        "neighbours": common.NEIGHBOURS,
+        "perplexity": [numbers for *_, numbers in tsne]}, table(maps))
 
 
 if __name__ == "__main__":

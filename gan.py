@@ -50,6 +50,7 @@ RECIPES = {
 }
 
 
+# what goes with flags that start many trainings: see ae.py
 MODES = {
     "ablate": common.Mode(takes=("recipe", "judge", "epochs", "batch_size"),
                           defaults={"epochs": 3}),

@@ -33,6 +33,7 @@ RECIPES = {
     # report flips its images; it gives no rate, batch or epochs
     "report": {"sigma": math.sqrt(0.5), "augment": "flip"},
 }
+# what goes with flags that start many trainings: see ae.py
 MODES = {"sweep": common.Mode(takes=(
     "beta", "latent_dim", "hidden", "filters", "decoder_filters", "sigma", "start_class", "dims",
     "epochs", "lr", "batch_size", "augment", "recipe"))}
