@@ -99,7 +99,8 @@ def draw(number, runs, file):
                 if min(values) > 0 and max(values) > 5 * min(values):
                     ax.set_yscale("log")
                     ax.yaxis.set_major_formatter("{x:g}")
-                    ax.yaxis.set_minor_formatter("{x:g}")
+                    ax.yaxis.set_minor_formatter(  # of 2, 3, ... 9 only two: they would overlap
+                        lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
             ax.set_title(key, fontsize=9)
             ax.set_xlabel("epoch", fontsize=8)
             ax.tick_params(labelsize=7, which="both")
