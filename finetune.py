@@ -409,7 +409,7 @@ def label_efficiency(args, data):
             common.fail(f"--labels {n}: it takes {len(data.classes)} to {len(pool)}, from an image "
                         "of each class to the training part")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=18)
+    args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=9)
     net_ae = ae.load_run(args.encoder).to(args.device)
     net_vae = vae.load_run(common.trained("vae", "vae", args, [], minutes=7)).to(args.device)
     encoders = {"probe on AE codes": lambda x: ae.encode(net_ae, x),
@@ -653,7 +653,7 @@ def main(argv=None):
                         "'s last BatchNorm has nothing to average there: take another")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
     if "ae" in names and not args.scratch:
-        args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=18)
+        args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=9)
 
     models = {}
     for name in names:

@@ -516,7 +516,7 @@ def compare(args, data):
     run = common.Run(args, data)
     judge = finetune.load_judge(args, data)
     folders = {
-        "ae": args.ae or common.trained("ae", "ae", args, [], minutes=18),
+        "ae": args.ae or common.trained("ae", "ae", args, [], minutes=9),
         "vae": args.vae or common.trained("vae", "vae", args, [], minutes=7),
         "gan": args.gan or common.trained("gan", "gan", args, [], minutes=47),
         "gan_report": args.gan_report or common.trained(
