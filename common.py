@@ -663,7 +663,7 @@ class Run:
 
     def save(self, fig, name, caption):
         """Write a figure; caption: what to look for in it, for index.html."""
-        fig.savefig(self.folder / f"{name}.png", dpi=DPI)
+        fig.savefig(self.folder / f"{name}.png", dpi=DPI, bbox_inches="tight")  # cuts no label
         self.captions[name] = caption
 
     def finish(self, metrics, summary, model=None):

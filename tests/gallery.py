@@ -42,7 +42,7 @@ class Folder:
         self.folder = folder
 
     def save(self, fig, name, caption=""):
-        fig.savefig(self.folder / f"{name}.png", dpi=common.DPI)
+        fig.savefig(self.folder / f"{name}.png", dpi=common.DPI, bbox_inches="tight")
 
 
 def copy_runs(runs):
