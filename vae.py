@@ -236,7 +236,7 @@ def fit(args, run, part, seeds, x_train, x_val):
             val_loss=unseen["loss"], train_mse=seen["mse"], val_mse=unseen["mse"],
             val_kl=unseen["kl"], val_elbo=unseen["elbo"], active_units=unseen["active_units"])
     run.load_best(model)
-    if evaluate(model, x_val, args.beta)["active_units"] == 0:
+    if min(run.rows, key=lambda row: row["val_loss"])["active_units"] == 0:  # of these weights
         print(f"warning: posterior collapse at beta {args.beta:g}: no latent unit is active, the "
               "decoder ignores z. Try a smaller --beta", file=sys.stderr)
     return model, run.rows

@@ -4,8 +4,8 @@
 
 RUNS is a folder of runs that are named like those in results/ (runs/ae, runs/vae-seed1, ...): made
 by `python ae.py --out-dir runs/ae` and so on. Of each, metrics.json, log.jsonl and the figures that
-a page shows are copied. Figures of finetune.py are drawn again from the numbers in results/, and 31
-and 34, which take ImageNet weights, from stand-in weights, which their titles say.
+a page shows are copied, in few colours. Figures of finetune.py are drawn again from the numbers in
+results/, and 31 and 34, which take ImageNet weights, from stand-in weights, which their titles say.
 """
 
 import json
@@ -62,7 +62,10 @@ def copy_runs(runs):
             image = Image.open(file).convert("RGB")
             for scale in (1, 0.75, 0.6):
                 size = [round(scale * side) for side in image.size]
-                image.resize(size).quantize(256).save(target / file.name, optimize=True)
+                small = image.resize(size)
+                grey = np.ptp(np.asarray(small), axis=2).max() == 0  # rare colours need more
+                small.quantize(64 if grey else 256, dither=Image.Dither.NONE).save(
+                    target / file.name, optimize=True)
                 if (target / file.name).stat().st_size < 500_000:
                     break
 

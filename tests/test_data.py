@@ -318,6 +318,29 @@ def test_reconstructions_are_of_the_images_that_they_are_called(digits):
         assert middle.tolist() == pytest.approx([scale * c / 20 for c in (0, 3, 5, 7, 11)])
 
 
+def test_ablation_puts_the_best_on_top_and_marks_the_band():
+    """Dots of another variant, the worst on top, or the band of another one than the first."""
+    figures = Figures()
+    common.draw_ablation(figures, {"plain": [2.0, 4.0], "bad": [9.0, 7.0], "good": [1.0, 1.5]},
+                         "MSE", "title")
+    ax, = figures["ablation"].axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["bad", "plain", "good"]
+    dots = [c.get_offsets().tolist() for c in ax.collections]
+    assert dots == [[[9, 0], [7, 0]], [[2, 1], [4, 1]], [[1, 2], [1.5, 2]]]
+    assert [line.get_xdata()[0] for line in ax.lines[:3]] == [8, 3, 1.25]
+    band, = ax.patches
+    assert (band.get_x(), band.get_x() + band.get_width()) == (2, 4)
+    assert ax.get_legend_handles_labels()[1] == ["seeds of plain"]
+
+
+def test_numbers_over_folds():
+    """The mean of other numbers, a spread of one fold, or the folds' own ones lost."""
+    assert common.over_folds([{"a": 1.0, "b": 5.0}]) == {"a": 1.0, "b": 5.0}
+    two = common.over_folds([{"a": 1.0, "b": 5.0}, {"a": 3.0, "b": 5.0}])
+    assert two == {"a": 2.0, "a_std": 2 ** 0.5, "fold_a": [1.0, 3.0],
+                   "b": 5.0, "b_std": 0.0, "fold_b": [5.0, 5.0]}
+
+
 def test_curves_are_the_rows():
     """A curve of another key, or shifted by an epoch."""
     rows, figures = [{"epoch": e, "a": e / 2, "b": e ** 2, "c": 0.0} for e in (1, 2, 3)], Figures()

@@ -105,6 +105,23 @@ def test_knn_accuracy_of_known_maps():
     assert common.knn_accuracy(rng.normal(size=(2000, 2)), coin)[0] == pytest.approx(0.5, abs=0.04)
 
 
+def test_both_measures_ask_the_same_neighbours(monkeypatch):
+    """A number of neighbours that only one of the two measures knows."""
+    asked = []
+    monkeypatch.setattr(embed, "trustworthiness", lambda x, z, n_neighbors: asked.append(
+        n_neighbors) or 1.0)
+    rng = np.random.default_rng(0)
+    points, y = rng.normal(size=(40, 2)), np.arange(40) // 20
+    points[20:] = points[:20] + 1e-6  # the nearest one is always of the other class
+    accuracy = []
+    for count in (5, 1):
+        monkeypatch.setattr(common, "NEIGHBOURS", count)
+        numbers = {}
+        embed.measure(torch.rand(40, 1, 28, 28), y, [("pca", points, numbers)], ["a", "b"])
+        accuracy.append(numbers["knn_accuracy"])
+    assert asked == [5, 1] and accuracy[0] > 0 == accuracy[1]
+
+
 # --------------------------------------------------------------------------- maps
 
 

@@ -218,6 +218,7 @@ def test_bad_weights_end_in_one_line(content, fails):
     for model in ("resnet18", "all")[:2 if content == "text" else 1]:  # never left out quietly
         message = fails(2, finetune.main, [*FAST, "--model", model, "--weights", "w.pth"])
         assert "w.pth" in message and not Path("executed").exists()
+        assert "weights_only" not in message  # torch advises to switch it off
     assert not Path("runs").exists()
 
 
@@ -549,6 +550,13 @@ def test_judge_is_the_best_epoch_of_the_last_fold(no_figures, monkeypatch):
     assert not judge.training
 
 
+def test_a_judge_is_a_cnn(encoder, no_figures, fails):
+    """A network without the judge's features, or a message about a damaged file."""
+    finetune.main([*FAST, "--model", "ae", "--epochs", "1", "--encoder", encoder, "--out-dir", "a"])
+    assert "a is no run of finetune.py --model cnn" in fails(
+        2, finetune.load_judge, Namespace(judge="a", device="cpu"), common.load_data(None))
+
+
 def test_judge_is_trained_where_there_is_none(no_figures, capsys, monkeypatch, parity):
     """A chapter that fails because another one was not run yet, or trains it again each time."""
     monkeypatch.setattr(common, "load_data", lambda args: parity)
@@ -601,6 +609,7 @@ def test_gpu(monkeypatch):
     ("--model resnet18-random --batch-size 79", "--batch-size 79"),
     ("--model resnet18-random --batch-size 1", "--batch-size 1"),
     ("--model cnn --weights w.pth", "--weights"), ("--labels 0", "--labels"),
+    ("--labels 20 --weights w.pth", "--weights does not go with --labels"),
     ("--resume nowhere", "nowhere"), ("--train some", "--train")])
 def test_bad_flags_end_in_one_line(flags, named, fails):
     """A traceback, or a wrong value that trains for an hour first."""

@@ -83,6 +83,7 @@ def test_search(search, no_figures):  # noqa: F811
         assert best["cost"] <= trial["cost"]
     first = next(trial for trial in trials if trial["trial"] == 0)
     assert REPORT.items() <= first.items()
+    assert [trial["trial"] for trial in trials if trial["report"]] == [0]
     assert len(trials) == 4 and metrics == json.loads((folder / "metrics.json").read_text())
     assert "search.png" in {f.name for f in folder.iterdir()}
     # trial 0 draws from (seed, 0), as the first fold of a run does: the same training
@@ -102,6 +103,20 @@ def test_the_printed_command_trains_the_best_trial(search):
     assert {k: args[k] for k in REPORT} == {k: metrics["best"][k] for k in REPORT}
     assert (args["tune"], args["epochs"], args["data"]) == (None, 25, "digits")
     assert lines[-1] == str(folder)
+
+
+def test_the_picture_marks_the_reports_trial():
+    """The ring around trial 0, though the report's values came later; pruned trials as dots."""
+    rows = [{"trial": n, "state": state, "latent_dim": 4 + n, "dropout": 0.1 * n, "lr": 0.01,
+             "cost": 0.02 + n, "report": n == 2} for n, state in enumerate(
+                 ("pruned", "complete", "complete"))]
+    figures = {}
+    run = type("Figures", (), {"save": lambda self, fig, name, caption: figures.update(
+        {name: fig})})()
+    ae.draw_search(run, rows, "digits")
+    complete, pruned, ring = (
+        c.get_offsets().tolist() for c in figures["search"].axes[1].collections)
+    assert (complete, pruned, ring) == ([[5, 1.02], [6, 2.02]], [[4, 0.02]], [[6, 2.02]])
 
 
 def test_no_point_exceeds_the_reports_size():

@@ -373,6 +373,18 @@ def test_collapse_is_said(few, no_figures, capsys):  # noqa: F811
     assert "collapse" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("active, said", [((3, 0), False), ((0, 3), True)])
+def test_collapse_is_of_the_weights_that_are_kept(active, said, few, no_figures,  # noqa: F811
+                                                  monkeypatch, capsys):
+    """A warning of the last epoch, while the weights are those of an earlier one."""
+    answers = [answer for loss, units in zip((1.0, 2.0), active, strict=True) for answer in [
+        {"loss": loss, "mse": 0.1, "kl": 1.0, "elbo": -loss, "active_units": units}] * 2]
+    evaluate, numbers = vae.evaluate, iter(answers)
+    monkeypatch.setattr(vae, "evaluate", lambda *args: next(numbers, None) or evaluate(*args))
+    vae.main([*SMALL, "--epochs", "2", "--out-dir", "a"])
+    assert ("posterior collapse" in capsys.readouterr().err) == said
+
+
 def test_folds(few, no_figures, monkeypatch):  # noqa: F811
     """Folds that are not averaged; folds, epochs or seeds that draw the same."""
     drawn, train_epoch = [], vae.train_epoch
