@@ -86,7 +86,7 @@ def parse_args(argv=None):
     group.add_argument("--l1", type=number(float, 0, 1), default=0.0,
                        help="L1: this factor times the sum of |w| is added to the loss")
     group = parser.add_argument_group("search")
-    group.add_argument("--storage", type=common.path, metavar="FILE|URL",
+    group.add_argument("--storage", metavar="FILE|URL",
                        help="where the study is: a journal file, which many workers on one machine "
                             "or in a shared folder may use, or a database (SQLite: one worker; a "
                             "password in the URL would show in config.json); without it "
@@ -530,9 +530,10 @@ def main(argv=None):
         return ablate(args, data)
     run = common.Run(args, data, columns=("train_loss", "train_mse", "val_mse"))
     folds = []
-    for fold, split in enumerate(common.splits(data.y_train, args.folds, args.seed)):
+    splits = common.splits(data.y_train, args.folds, args.seed)
+    for fold, (name, split) in enumerate(splits.items()):
         x_train, x_val = (data.x_train[idx] for idx in split)
-        model, rows = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
+        model, rows = fit(args, run, name, (args.seed, fold), x_train, x_val)
         folds.append({"val_mse": evaluate(model, x_val),
                       "test_mse": evaluate(model, data.x_test)})  # the one look at the test set
 
@@ -556,8 +557,8 @@ def main(argv=None):
                "latent_dim": args.latent_dim, "knn_accuracy": knn}
     report_latent, report_mse = (100, 0.023) if args.recipe == "first" else (38, 0.013)
     table = [("MSE per pixel", "validation", "test")]
-    for n, fold in enumerate(folds, start=1):
-        table.append((f"autoencoder, fold {n}", fold["val_mse"], fold["test_mse"]))
+    for name, fold in zip(splits, folds, strict=True):
+        table.append((f"autoencoder, {name}", fold["val_mse"], fold["test_mse"]))
     if args.folds > 1:
         table.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"]))
     table += [(f"PCA, {args.latent_dim} components", None, metrics["pca_mse"]),

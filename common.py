@@ -43,7 +43,6 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict, train_test_split
 from sklearn.neighbors import KNeighborsClassifier
-from torchvision.datasets import FashionMNIST
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -56,8 +55,6 @@ def fail(message, status=2):
 
 def start(main):
     """Run a script's main from the command line: what ends it early is one line and a status."""
-    if sys.stdout:  # None where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
     try:
         main()
     except KeyboardInterrupt:
@@ -113,13 +110,6 @@ def number(kind, low, high):
     return convert
 
 
-def path(text):
-    """An argparse type: a path; an empty one (an unset variable in a shell) is refused."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the name is empty")
-    return text
-
-
 def add_training_flags(parser, recipes, folds=True, **defaults):
     """The flags of every script that trains. defaults: of epochs, batch_size, lr, augment."""
     group = parser.add_argument_group("training")
@@ -147,32 +137,30 @@ def add_run_flags(parser):
                        help="smoke test: the real code, few images and steps, no download")
     group.add_argument("--seed", type=number(int, 0, 10**9), default=0,
                        help="same command, seed, machine and number of threads: same numbers")
-    group.add_argument("--resume", type=path, metavar="DIR",
+    group.add_argument("--resume", metavar="DIR",
                        help="go on with the interrupted run in DIR, or redraw a finished one")
-    group.add_argument("--out-dir", type=path, metavar="DIR",
+    group.add_argument("--out-dir", metavar="DIR",
                        help="new or empty folder for the results; without it a new one in runs/")
     group.add_argument("--data", choices=("auto", "fashion", "digits"), default="auto",
                        help="auto: FashionMNIST if it can be had, else scikit-learn's digits")
-    group.add_argument("--data-dir", type=path, default="data", metavar="DIR",
+    group.add_argument("--data-dir", default="data", metavar="DIR",
                        help="where FashionMNIST lies or is downloaded to")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                        help="auto: a GPU if there is one")
 
 
-# flags that --resume may change: no number depends on them, or what they name may have moved
-FREE = {"resume", "out_dir", "data_dir", "device", "storage", "weights", "encoder", "judge", "ae",
-        "vae", "gan", "gan_report"}
+# flags that --resume may change: no training depends on them, or what they name may have moved
+FREE = {"resume", "out_dir", "data_dir", "device", "storage", "weights", "start_class", "dims"}
 
 
-def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=(), runs=None):
+def parse(parser, script, argv, recipes=None, fast=None, modes=None, runs=None):
     """The flags as a Namespace. An explicit one wins over fast's, those over mode's and recipe's.
 
-    recipes: {name: {flag: default}}; fast: {flag: default}; modes: {flag: Mode}; redraw: flags that
-    change nothing but figures; runs: {flag that names a run: the script that makes such runs}.
-    --resume DIR parses the words that began that run, then the new ones behind them: ranges are
-    checked anew, and a flag that would change the training is refused.
+    recipes: {name: {flag: default}}; fast: {flag: default}; modes: {flag: Mode}; runs: {flag that
+    names a run: the script that makes such runs}. --resume DIR parses the words that began that
+    run, then the new ones: ranges are checked anew, what would change the training is refused.
     """
-    recipes, fast, modes = recipes or {"best": {}}, fast or {}, modes or {}
+    recipes, fast, modes, runs = recipes or {"best": {}}, fast or {}, modes or {}, runs or {}
     plain = vars(parser.parse_args([]))
 
     def read(words):  # twice: the first pass finds recipe, mode and --fast, which set the defaults
@@ -194,11 +182,9 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=(), 
         before = read(begun["argv"])[0]
         args, mode, defaults = read([*begun["argv"], *words])
         for flag, value in vars(before).items():
-            if getattr(args, flag) != value and flag not in {*FREE, *redraw}:
+            if getattr(args, flag) != value and flag not in {*FREE, *runs}:
                 parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: leave it "
                              "out, or start a new run")
-        if getattr(args, "storage", None) and "--storage" not in " ".join(words):
-            parser.error(f"--resume opens no study by itself: add --storage {args.storage}")
         args.argv, args.begun, args.out_dir = begun["argv"], begun, None
         args.data = begun["data"]  # what auto found when the run began
 
@@ -210,7 +196,7 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, redraw=(), 
         for flag in sorted(others):
             parser.error(f"--{flag.replace('_', '-')} "
                          f"{'does not go' if name == mode else 'goes only'} with --{name}")
-    args.device, args.runs = pick_device(args.device), runs or {}
+    args.device, args.runs = pick_device(args.device), runs
     args.script, args.typed = script, argv is None  # typed: not called by another script
     return args
 
@@ -237,8 +223,16 @@ SHA256 = {  # of the extracted files: torchvision only looks whether they exist
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-MIRRORS = ("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-           *FashionMNIST.mirrors)
+
+
+class FashionMNIST(torchvision.datasets.FashionMNIST):
+    """torchvision's, with an https source, and never from processed/*.pt of its early versions."""
+
+    mirrors = ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+               *torchvision.datasets.FashionMNIST.mirrors]
+
+    def _check_legacy_exist(self):
+        return False
 
 
 class Data(NamedTuple):
@@ -292,29 +286,24 @@ def read_fashion(folder, download):
     archives with their MD5 sums, but takes any extracted file. LookupError where one stays damaged.
     """
     def damaged():
-        return [f for f in files if not f.is_file()  # a pipe, say, which would be waited for
+        return [f for f in (folder / "FashionMNIST" / "raw" / name for name in SHA256)
+                if not f.is_file()  # a pipe, say, which would be waited for
                 or hashlib.sha256(f.read_bytes()).hexdigest() != SHA256[f.name]]
 
-    def source(*mirrors):  # never from processed/*.pt, which early versions of torchvision left
-        return type("FashionMNIST", (FashionMNIST,), {
-            "mirrors": mirrors, "_check_legacy_exist": lambda self: False})
-
-    files = [folder / "FashionMNIST" / "raw" / name for name in SHA256]
     bad, problem = damaged(), "--fast downloads nothing"
-    if download:
+    if bad and download:
         socket.setdefaulttimeout(10)  # seconds without an answer: torchvision waits for ever
-        for mirror in MIRRORS if bad else ():
-            try:
-                for file in filter(Path.exists, bad):
-                    file.replace(f"{file}.damaged")  # it is not ours to delete
-                source(mirror)(folder, download=True)
-            except (OSError, RuntimeError, ValueError, HTTPException, EOFError, zlib.error) as why:
-                problem = f"could not be downloaded: {' '.join(str(why).split())}"
-            bad = damaged()
+        try:
+            for file in filter(Path.exists, bad):
+                file.replace(f"{file}.damaged")  # it is not ours to delete
+            FashionMNIST(folder, download=True)
+        except (OSError, RuntimeError, ValueError, HTTPException, EOFError, zlib.error) as why:
+            problem = f"could not be downloaded: {' '.join(str(why).split())}"
         socket.setdefaulttimeout(None)
+        bad = damaged()
     if bad:
         raise LookupError(f"{bad[0]} is missing or damaged ({problem})")
-    train, test = source()(folder), source()(folder, train=False)
+    train, test = FashionMNIST(folder), FashionMNIST(folder, train=False)
     return "FashionMNIST", tuple(train.classes), *(tensor for part in (train, test) for tensor in (
         part.data.unsqueeze(1) / 255, part.targets))
 
@@ -343,17 +332,18 @@ def split(y, seed):
 
 
 def splits(y, folds, seed):
-    """[(training indices, validation indices)]: stratified k-fold, or with folds 1 one split.
+    """{name: (training indices, validation indices)}: stratified k-fold, or with folds 1 one split.
 
     y: (N,) class labels. Stratified: each part has the classes in the proportions of the whole, so
     that a fold without sandals is no reason for a bad fold. Over k folds the validation parts cover
     everything once. Indices are int64 tensors on the CPU, disjoint; the test set is none of them.
     """
     if folds == 1:
-        return [split(y, seed)]
+        return {"one split": split(y, seed)}
     y = y.cpu().numpy()
     pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)
-    return [tuple(torch.tensor(part) for part in pair) for pair in pairs]
+    return {f"fold {n}": tuple(torch.tensor(part) for part in pair)
+            for n, pair in enumerate(pairs, start=1)}
 
 
 def batches(n, batch_size, rng, device="cpu"):
@@ -450,11 +440,6 @@ def atomic(file):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        for wait in (0.1, 0.2, 0.3, 0.4):
-            try:
-                return os.replace(temporary, file)
-            except PermissionError:  # Windows, while somebody has the file open
-                time.sleep(wait)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -515,11 +500,11 @@ def load_checkpoint(file, things):
              f"{str(error)[:200]}): name another run, or start a new one")
 
 
-def digest(script):
+def digest(script, *words):
     """Six letters that change with what a training may depend on, and not with comments.
 
     That is the classes, constants and functions, but for those that draw, of the script and of the
-    chapters that it imports; and of common.py what every training calls.
+    chapters that it imports; of common.py what every training calls; and the words of a command.
     """
     def file(name):
         return Path(__file__).with_name(f"{name}.py")
@@ -539,7 +524,7 @@ def digest(script):
     code += [node for name in chapters for node in nodes(name)
              if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign)
              and not getattr(node, "name", "").startswith(("draw_", "main"))]
-    return hashlib.sha256("".join(map(ast.dump, code)).encode()).hexdigest()[:6]
+    return hashlib.sha256(" ".join([*map(ast.dump, code), *words]).encode()).hexdigest()[:6]
 
 
 def shell(*words):
@@ -643,19 +628,15 @@ class Run:
         if not self.best or score < self.best["score"]:
             self.best = {"score": score, "epoch": epoch,  # state_dict() holds references: copy them
                          "model": copy.deepcopy(self.things["model"].state_dict())}
+        with atomic(self.folder / "log.jsonl") as f:  # first: a row too many is written again
+            f.writelines((json.dumps(row, allow_nan=False) + "\n").encode() for row in self.history)
         save_checkpoint(self.checkpoint, self.things, rows=self.rows, images=self.images,
                         best=self.best)
-        self.write_log()
         left = (self.epochs - epoch) * seconds
         print(f"{self.part:{self.width}.{self.width}}{f'{epoch}/{self.epochs}':>9}", *(
             f"{row[c]:12.5g}" if c in row else f"{'':12}" for c in self.columns),
             f"{seconds:8.1f}{left // 60:5.0f}:{left % 60:02.0f}", flush=True)
         self.clock = time.perf_counter()
-
-    def write_log(self):
-        """log.jsonl: a line for each epoch of each part."""
-        with atomic(self.folder / "log.jsonl") as f:
-            f.writelines((json.dumps(row, allow_nan=False) + "\n").encode() for row in self.history)
 
     def load_best(self, model):
         """Give the model the weights of the part's best epoch, by validation score."""
@@ -673,7 +654,6 @@ class Run:
         figures show, for load_run().
         """
         if self.history:
-            self.write_log()
             metrics = {"epochs": self.epochs, "seconds_per_epoch": statistics.median(
                 row["seconds"] for row in self.history), **metrics}
         if model is not None:
@@ -735,30 +715,24 @@ def load_run(folder, script, parse_args, build):
 def trained(script, name, args, flags, minutes):
     """The folder of what one chapter needs of another: `python SCRIPT.py FLAGS`, made if need be.
 
-    It is named after what it is, the data, the seed and the code, runs/judge-fashion-seed0-1a2b3c,
-    and nothing else in runs/ is looked at: the same command gives the same numbers. args: the
-    caller's, after load_data; minutes: how long it takes at most.
+    It is named after what it is, the data, the seed, and code and command, as in
+    runs/judge-fashion-seed0-1a2b3c; nothing else in runs/ is looked at: the same command gives the
+    same numbers. args: the caller's, after load_data; minutes: how long it takes at most.
     """
-    module = importlib.import_module(script)
     words = [*flags, "--data", args.data, "--seed", str(args.seed), *["--fast"] * args.fast]
-    fast = "-fast" * args.fast
-    folder = Path("runs", f"{name}-{args.data}{fast}-seed{args.seed}-{digest(script)}")
-    command = shell("python", f"{script}.py", *words)
-    machine = ["--data-dir", args.data_dir, "--device", args.device]
-    if (folder / "config.json").exists():
-        made, wanted = (vars(module.parse_args([*argv, "--device", "cpu"])) for argv in (
-            read_config(folder, script)["argv"], words))
-        if any(made[flag] != wanted[flag] for flag in wanted.keys() - FREE - {"argv"}):
-            fail(f"{folder} was made by another command than {command}: rename it")
-    if not (folder / "config.json").exists():
-        print(f"{folder} is not there yet: {command} makes it, in about "
-              f"{'a few seconds' if args.fast else f'{minutes} minutes'}", flush=True)
-        module.main([*words, *machine, "--out-dir", str(folder)])
-    elif not (folder / "metrics.json").exists():
-        print(f"{folder} was interrupted: going on with it", flush=True)
-        module.main(["--resume", str(folder), *machine])
-    else:
+    folder = Path("runs", f"{name}-{args.data}-seed{args.seed}-{digest(script, *words)}")
+    if (folder / "metrics.json").exists():
         print(f"using {folder}")
+        return str(folder)
+    if (folder / "config.json").exists():
+        print(f"{folder} was interrupted: going on with it", flush=True)
+        words = ["--resume", str(folder)]
+    else:
+        print(f"{folder} is not there yet: {shell('python', f'{script}.py', *words)} makes it, in "
+              f"about {'a few seconds' if args.fast else f'{minutes} minutes'}", flush=True)
+        words += ["--out-dir", str(folder)]
+    importlib.import_module(script).main([*words, "--data-dir", args.data_dir,
+                                          "--device", args.device])
     return str(folder)
 
 

@@ -56,7 +56,7 @@ def parse_args(argv=None):
                        metavar="P", help="how many neighbours t-SNE cares for; of several, the one "
                                          "beside the other maps is 30, or the first")
     for name in ("ae", "vae"):
-        group.add_argument(f"--{name}", type=common.path, metavar="DIR",
+        group.add_argument(f"--{name}", metavar="DIR",
                            help=f"run of {name}.py with --latent-dim 2; without it the best we "
                                 "know, made first where it is not there")
     common.add_run_flags(parser)

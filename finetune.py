@@ -94,10 +94,10 @@ def parse_args(argv=None):
                        help="does the CNN, trained on half of the classes, learn the other half "
                             "from fewer labels? three times each")
     group = parser.add_argument_group("models")
-    group.add_argument("--encoder", type=common.path, metavar="DIR",
+    group.add_argument("--encoder", metavar="DIR",
                        help="the run of ae.py that ae starts from; without it that of plain "
                             "`python ae.py`, made first where it is not there")
-    group.add_argument("--weights", type=common.path, metavar="FILE",
+    group.add_argument("--weights", metavar="FILE",
                        help="ImageNet weights for resnet18; without it torchvision downloads them")
     group.add_argument("--mirror", action=argparse.BooleanOptionalAction,
                        help="in the test: mean of the logits of an image and of its mirror image; "
@@ -589,11 +589,10 @@ def train_and_test(flags, run, data, splits, start):
     flags: its settings. start: see build.
     """
     folds = []
-    for fold, split in enumerate(splits):
+    for fold, (name, split) in enumerate(splits.items()):
         train, val = ((data.x_train[idx], data.y_train[idx]) for idx in split)
-        part = f"{flags.title}, fold {fold + 1}" if len(splits) > 1 else flags.title
-        model, rows = fit(flags, run, part, (flags.seed, fold), train, val, len(data.classes),
-                          start)
+        model, rows = fit(flags, run, f"{flags.title}, {name}", (flags.seed, fold), train, val,
+                          len(data.classes), start)
         logits = predict(model, data.x_test, flags.mirror)  # the one look at the test set
         loss, accuracy = loss_and_accuracy(logits, data.y_test)
         best = min(rows, key=lambda row: row["val_loss"])
@@ -648,7 +647,8 @@ def main(argv=None):
     for name in names:
         flags = settings(args, name)
         if name.startswith("resnet") and flags.train != "head" and any(
-                flags.batch_size == 1 or len(idx) % flags.batch_size == 1 for idx, _ in splits):
+                flags.batch_size == 1 or len(train) % flags.batch_size == 1
+                for train, _ in splits.values()):
             common.fail(f"--batch-size {flags.batch_size} leaves a batch of one image, and ResNet18"
                         "'s last BatchNorm has nothing to average there: take another")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))

@@ -23,6 +23,8 @@ import argparse
 import copy
 import math
 import statistics
+from collections import defaultdict
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -72,13 +74,14 @@ def parse_args(argv=None):
                             "and for two other sizes of noise; 3 epochs each")
     group.add_argument("--compare", action="store_true",
                        help="AE, VAE and both GANs side by side; trains what is not there yet")
-    common.add_training_flags(parser, RECIPES, epochs=30, batch_size=64, lr=0.006, augment="none",
+    common.add_training_flags(parser, RECIPES, epochs=16, batch_size=64, lr=0.006, augment="none",
                               folds=False)
     group = parser.add_argument_group("model")
     group.add_argument("--filters", type=number(int, 1, 512), nargs=3, default=[128, 64, 32],
                        help="maps that enter the generator's three transposed convolutions")
-    group.add_argument("--d-filters", type=number(int, 1, 512), nargs=2, default=[64, 128],
-                       help="maps of the discriminator's two convolutions")
+    group.add_argument("--d-filters", type=number(int, 1, 512), nargs="+", default=[64, 96, 80],
+                       help="maps of the discriminator's convolutions, four at most; with two, as "
+                            "in the report, it sees parts of an image, with three nearly all of it")
     group.add_argument("--batchnorm", action=argparse.BooleanOptionalAction, default=True,
                        help="normalise the generator's maps over the batch")
     group.add_argument("--spectral-norm", action=argparse.BooleanOptionalAction, default=True,
@@ -94,15 +97,17 @@ def parse_args(argv=None):
                        help="samples come from a moving average of G's weights; 0: from G itself")
     group = parser.add_argument_group("runs of other chapters")
     for name in ("ae", "vae", "gan", "gan-report"):
-        group.add_argument(f"--{name}", type=common.path, metavar="DIR",
-                           help="for --compare: take this run")
-    group.add_argument("--judge", type=common.path, metavar="DIR",
+        group.add_argument(f"--{name}", metavar="DIR", help="for --compare: take this run")
+    group.add_argument("--judge", metavar="DIR",
                        help="the run of finetune.py whose CNN judges the samples; without it that "
                             "of `finetune.py --model cnn --epochs 8`, made first if need be")
     common.add_run_flags(parser)
-    return common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3}, modes=MODES,
+    args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3}, modes=MODES,
                         runs={"ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan",
                               "judge": "finetune"})
+    if len(args.d_filters) > 4:
+        parser.error("--d-filters: four convolutions at most, each halves the 28 pixels")
+    return args
 
 
 # --------------------------------------------------------------------------- model
@@ -115,6 +120,7 @@ class Generator(nn.Module):
         super().__init__()
         f1, f2, f3 = filters
         norm = nn.BatchNorm2d if batchnorm else nn.Identity
+        self.noise_dim = noise_dim
         self.linear = nn.Sequential(nn.Linear(noise_dim, f1 * 4 * 4), nn.Unflatten(1, (f1, 4, 4)),
                                     norm(f1), nn.ReLU())
         self.block1 = nn.Sequential(nn.ConvTranspose2d(f1, f2, 3, stride=2, padding=1), norm(f2),
@@ -131,18 +137,19 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, 1, 28, 28) -> logits (B,): above 0 is "real"."""
+    """Images (B, 1, 28, 28) -> logits (B,): above 0 is "real". A convolution for each of filters."""
 
-    def __init__(self, filters=(64, 128)):
+    def __init__(self, filters=(64, 96, 80)):
         super().__init__()
-        f1, f2 = filters
-        self.block1 = nn.Sequential(nn.Conv2d(1, f1, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
-        self.block2 = nn.Sequential(nn.Conv2d(f1, f2, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
-        self.linear = nn.Linear(f2 * 7 * 7, 1)
+        self.blocks, size = nn.Sequential(), 28
+        for f_in, f_out in pairwise((1, *filters)):
+            self.blocks.append(nn.Sequential(nn.Conv2d(f_in, f_out, 4, stride=2, padding=1),
+                                             nn.LeakyReLU(0.2)))
+            size = size // 2  # 14, 7, 3
+        self.linear = nn.Linear(filters[-1] * size * size, 1)
 
-    def forward(self, x):               # (B, 1, 28, 28)
-        x = self.block1(2 * x - 1)      # (B, f1, 14, 14); [-1, 1], as black 0 gives no gradient
-        x = self.block2(x).flatten(1)   # (B, f2 * 49)
+    def forward(self, x):                     # (B, 1, 28, 28)
+        x = self.blocks(2 * x - 1).flatten(1)  # (B, f3 * 9); [-1, 1], as black 0 gives no gradient
         return self.linear(x).squeeze(1)
 
 
@@ -418,14 +425,16 @@ def draw_samples(run, netG, data, x_train, album):
 
 VARIANTS = {  # one change at a time
     "best": {
-        "ours": {}, "no batch norm": {"batchnorm": False},
+        "ours": {}, "two layers in D": {"d_filters": [64, 128]},
+        "no batch norm": {"batchnorm": False},
         "no spectral norm": {"spectral_norm": False}, "no EMA": {"ema": 0.0},
         "rate 2e-4": {"lr": 2e-4}, "constant rate": {"schedule": "constant"},
         "beta1 0.5": {"beta1": 0.5}, "flips": {"augment": "flip"},
         "weights of DCGAN": {"init_std": 0.02},
         "noise 8": {"noise_dim": 8}, "noise 128": {"noise_dim": 128}},
     "report": {
-        "report": {}, "+ batch norm": {"batchnorm": True},
+        "report": {}, "+ third layer in D": {"d_filters": [16, 32, 64]},
+        "+ batch norm": {"batchnorm": True},
         "+ spectral norm": {"spectral_norm": True}, "+ EMA": {"ema": 0.999},
         "+ rate 6e-3": {"lr": 6e-3}, "+ beta1 0": {"beta1": 0.0},
         "+ linear rate": {"schedule": "linear"}, "+ no flips": {"augment": "none"},
@@ -481,8 +490,8 @@ def sample_density(net, density, n, seed):
     return vae.decode(net, z.to(next(net.parameters()).device))  # an AE has a decoder too
 
 
-def generators(folders, args, data):
-    """{name: function of a seed -> n images}, from four finished runs; n: the size of the test set.
+def draw_sets(folders, args, data):
+    """Yields {name: n images} from four finished runs for each seed; n: the size of the test set.
 
     Reconstructions and training images are no generators: they say what the numbers can reach.
     """
@@ -496,20 +505,18 @@ def generators(folders, args, data):
     ae_1 = fit_density(z_ae, 1, args.seed)
     ae_50 = fit_density(z_ae, 50, args.seed)
     vae_50 = fit_density(z_vae, 50, args.seed)
-
-    def from_gan(netG, seed):
-        return sample(netG, noise(n, netG.linear[0].in_features, seed, args.device))
-
-    return {
-        "AE, Gaussian": lambda seed: sample_density(netA, ae_1, n, seed),
-        "AE, 50 Gaussians": lambda seed: sample_density(netA, ae_50, n, seed),
-        "VAE, prior": lambda seed: vae.decode(netV, noise(n, z_vae.shape[1], seed, args.device)),
-        "VAE, 50 Gaussians": lambda seed: sample_density(netV, vae_50, n, seed),
-        "GAN, report": lambda seed: from_gan(report, seed),
-        "GAN, ours": lambda seed: from_gan(ours, seed),
-        "AE, reconstructions": lambda seed: ae.reconstruct(netA, shuffled(x_train, seed)[:n]),
-        "VAE, reconstructions": lambda seed: vae.reconstruct(netV, shuffled(x_train, seed)[:n]),
-        "training images": lambda seed: shuffled(x_train, seed)[:n]}
+    for seed in COMPARE_NOISE:
+        x = shuffled(x_train, seed)[:n]
+        yield {
+            "AE, Gaussian": sample_density(netA, ae_1, n, seed),
+            "AE, 50 Gaussians": sample_density(netA, ae_50, n, seed),
+            "VAE, prior": vae.decode(netV, noise(n, z_vae.shape[1], seed, args.device)),
+            "VAE, 50 Gaussians": sample_density(netV, vae_50, n, seed),
+            "GAN, report": sample(report, noise(n, report.noise_dim, seed, args.device)),
+            "GAN, ours": sample(ours, noise(n, ours.noise_dim, seed, args.device)),
+            "AE, reconstructions": ae.reconstruct(netA, x),
+            "VAE, reconstructions": vae.reconstruct(netV, x),
+            "training images": x}
 
 
 def compare(args, data):
@@ -519,22 +526,28 @@ def compare(args, data):
     folders = {
         "ae": args.ae or common.trained("ae", "ae", args, [], minutes=9),
         "vae": args.vae or common.trained("vae", "vae", args, [], minutes=7),
-        "gan": args.gan or common.trained("gan", "gan", args, [], minutes=47),
+        "gan": args.gan or common.trained("gan", "gan", args, [], minutes=27),
         "gan_report": args.gan_report or common.trained(
             "gan", "gan-report", args, ["--recipe", "report"], minutes=65)}
-    rows, results = {}, {}
     test_features = finetune.encode(judge, data.x_test)
-    for name, generate in generators(folders, args, data).items():
-        sets = [generate(seed) for seed in COMPARE_NOISE]
-        each = [judge_images(judge, x, data.x_test, test_features) for x in sets]
+    judged, shown = defaultdict(list), {}
+    for sets in draw_sets(folders, args, data):
+        for name, x in sets.items():
+            judged[name].append(judge_images(judge, x, data.x_test, test_features))
+            print(f"{name}, set {len(judged[name])}: Frechet {judged[name][-1]['frechet']:.1f}",
+                  flush=True)
+            shown[name] = x[:14]
+    results = {}
+    for name, each in judged.items():
         results[name] = {key: each[0][key] for key in (
             "class_coverage", "two_sample", "two_sample_pixels")}
         for key in ("frechet", "precision", "recall"):
-            values = [r[key] for r in each]
+            values = [row[key] for row in each]
             results[name] |= {key: statistics.mean(values), f"{key}_std": statistics.stdev(values)}
-        rows[f"{name}\nFrechet {results[name]['frechet']:.1f}"] = sets[0][:14]
-    common.draw_rows(run, "generators", rows, 14, f"{data.name}: which model is the best "
-                     "generator?", "Look for blur, and for kinds of clothes that are never made.")
+    common.draw_rows(run, "generators", {
+        f"{name}\nFrechet {results[name]['frechet']:.1f}": x for name, x in shown.items()}, 14,
+        f"{data.name}: which model is the best generator?",
+        "Look for blur, and for kinds of clothes that are never made.")
     return run.finish({"samples": len(data.x_test), "generators": results, "runs": folders}, [
         "mean of three sets of samples of one training each; 1-NN: the share of real and of "
         "generated", "images that are recognised", "", *common.table([

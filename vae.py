@@ -66,8 +66,7 @@ def parse_args(argv=None):
     group.add_argument("--dims", type=number(int, 0, 783), nargs=2, metavar="D",
                        help="dimensions to traverse, from 0; without it those with the largest KL")
     common.add_run_flags(parser)
-    args = common.parse(parser, "vae", argv, RECIPES, fast={"epochs": 3}, modes=MODES,
-                        redraw=("start_class", "dims"))
+    args = common.parse(parser, "vae", argv, RECIPES, fast={"epochs": 3}, modes=MODES)
     if args.dims and max(args.dims) >= args.latent_dim:
         parser.error(f"--dims {max(args.dims)}: z has dimensions 0 to {args.latent_dim - 1}")
     return args
@@ -284,8 +283,9 @@ def evaluate(model, x, beta):
     cov = torch.cov(mu.T) + logvar.clamp(max=20).exp().mean(0).diag()
     cov = cov.cpu().double()  # a determinant of up to 784 small numbers
     correlation = 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()
-    return {"loss": (nll + beta * kl.sum()).item(), "mse": F.mse_loss(decode(model, mu), x).item(),
-            "kl": kl.sum().item(), "elbo": -(nll + kl.sum()).item(), "kl_per_dim": kl.tolist(),
+    return {"beta": beta, "loss": (nll + beta * kl.sum()).item(),
+            "mse": F.mse_loss(decode(model, mu), x).item(), "kl": kl.sum().item(),
+            "elbo": -(nll + kl.sum()).item(), "kl_per_dim": kl.tolist(),
             "active_units": (mu.var(0) > 0.01).sum().item(),
             "total_correlation": correlation if math.isfinite(correlation) else None}
 
@@ -335,14 +335,14 @@ def by_kl(test):
     return sorted(range(len(test["kl_per_dim"])), key=lambda d: -test["kl_per_dim"][d])
 
 
-def draw_kl(run, test, beta, data_name):
+def draw_kl(run, test, data_name):
     """KL per dimension, sorted: dimensions near zero carry nothing."""
     order, kl_per_dim = by_kl(test), test["kl_per_dim"]
     fig = Figure(figsize=(8, 3.2), layout="constrained")
     ax = fig.subplots()
     ax.bar([str(d) for d in order], [kl_per_dim[d] for d in order])
     ax.set(xlabel="dimension of z", ylabel="KL, nats per image",
-           title=f"{data_name} test images, beta {beta:g}: {sum(kl_per_dim):.1f} nats in all")
+           title=f"{data_name} test images, beta {test['beta']:g}: {test['kl']:.1f} nats in all")
     run.save(fig, "kl_per_dim", "How much each dimension tells about the image; 0: nothing.")
 
 
@@ -372,24 +372,25 @@ def draw_plane(run, model, mu, data):
     run.save(fig, "latent_plane", "Between two classes the decoder blends one into the other.")
 
 
-def draw_sweep(run, betas, models, tests, data, pca_mse):
+def draw_sweep(run, models, tests, data, pca_mse):
     """The lesson of beta on one page: rate against distortion, reconstructions, traversals."""
-    height = 1.9 * len(betas)
+    height = 1.9 * len(models)
     fig = Figure(figsize=(12, 3.6 + height), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[3.6, height])
     ax = top.subplots()
     ax.plot([t["kl"] for t in tests], [t["mse"] for t in tests], marker="o")
-    for beta, t in zip(betas, tests, strict=True):
-        ax.annotate(f" beta {beta:g}: {t['active_units']} active", (t["kl"], t["mse"]), va="bottom")
+    for t in tests:
+        ax.annotate(f" beta {t['beta']:g}: {t['active_units']} active", (t["kl"], t["mse"]),
+                    va="bottom")
     ax.axhline(pca_mse, color="gray", ls="--", label="PCA of the same size")
     ax.set(xlabel="rate: KL, nats per image", ylabel="distortion: MSE per pixel at z = mu",
            title=f"{data.name} test images: what a nat of code buys")
     ax.margins(x=0.2, y=0.15)  # room for the last label
     ax.legend()
     noise = torch.randn(40, len(tests[0]["kl_per_dim"]), generator=common.seed_everything(0))
-    axes = bottom.subplots(len(betas), 3, squeeze=False)
+    axes = bottom.subplots(len(models), 3, squeeze=False)
     start = data.y_test == start_class(run.args, data)
-    for row, beta, model, t in zip(axes, betas, models, tests, strict=True):
+    for row, model, t in zip(axes, models, tests, strict=True):
         mu = encode(model, data.x_test[:40])[0]
         z = encode(model, data.x_test[start][:1])[0]
         values = torch.linspace(-3, 3, 10, device=z.device)
@@ -398,7 +399,7 @@ def draw_sweep(run, betas, models, tests, data, pca_mse):
                 "test images rebuilt", "samples from the prior",
                 "its strongest dimensions, -3 to 3"), strict=True):
             common.show_images(ax, decode(model, codes), columns=10)
-            ax.set_title(f"beta {beta:g}: {what}", fontsize=9)
+            ax.set_title(f"beta {t['beta']:g}: {what}", fontsize=9)
     run.save(fig, "sweep", "Read the columns downwards: what gets lost first, what gets cleaner?")
 
 
@@ -407,7 +408,7 @@ def draw_sweep(run, betas, models, tests, data, pca_mse):
 COLUMNS = ("train_loss", "val_loss", "val_mse", "val_kl")  # of an epoch, to print
 
 
-def describe(run, model, beta, test, rows, data, x_train):
+def describe(run, model, test, rows, data, x_train):
     """Figures 16 to 23 and what else shows one VAE; returns its metrics.
 
     test: what evaluate returns of the test images. rows: its epochs.
@@ -420,25 +421,25 @@ def describe(run, model, beta, test, rows, data, x_train):
     common.plot_curves(run, "fig17_loss", rows, {
         "loss, nats per image": ("seen_loss", "val_loss"),
         "MSE per pixel at z = mu": ("train_mse", "val_mse")},
-        f"{data.name}: VAE, latent {args.latent_dim}, beta {beta:g}",
+        f"{data.name}: VAE, latent {args.latent_dim}, beta {test['beta']:g}",
         "Does the validation curve part from that of training images?")
     dims = args.dims or by_kl(test)[:2]
     knn = common.draw_latent(run, mu, data, dims, numbers=(18, 19, 20))
     draw_traversals(run, model, data, mu, dims)
-    draw_kl(run, test, beta, data.name)
+    draw_kl(run, test, data.name)
     draw_samples(run, model, data, mu)
     if args.latent_dim == 2:
         draw_plane(run, model, mu, data)
-    return {**test_numbers(model, beta, test), "knn_accuracy": knn,
+    return {**test_numbers(model, test), "knn_accuracy": knn,
             "pca_mse": F.mse_loss(recon_pca, data.x_test).item(),
             "train_mse": F.mse_loss(reconstruct(model, x_train), x_train).item(),
             "latent_dim": args.latent_dim,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
-def test_numbers(model, beta, test):
+def test_numbers(model, test):
     """The test numbers of one network, for metrics.json; test: what evaluate returns."""
-    return {"beta": beta, "sigma": model.log_sigma.exp().item(),
+    return {"beta": test["beta"], "sigma": model.log_sigma.exp().item(),
             **{f"test_{k}": test[k] for k in ("mse", "kl", "elbo")},
             **{k: test[k] for k in ("active_units", "kl_per_dim", "total_correlation")}}
 
@@ -470,11 +471,10 @@ def sweep(args, data):
         val.append(evaluate(model, x_val, beta))
         tests.append(evaluate(model, data.x_test, beta))  # the one look at the test set
     shown = args.sweep.index(args.beta) if args.beta in args.sweep else -1
-    metrics = describe(run, models[shown], args.sweep[shown], tests[shown], histories[shown], data,
-                       x_train)
+    metrics = describe(run, models[shown], tests[shown], histories[shown], data, x_train)
     metrics |= {"val_mse": val[shown]["mse"], "sweep": [
-        test_numbers(*three) for three in zip(models, args.sweep, tests, strict=True)]}
-    draw_sweep(run, args.sweep, models, tests, data, metrics["pca_mse"])
+        test_numbers(*pair) for pair in zip(models, tests, strict=True)]}
+    draw_sweep(run, models, tests, data, metrics["pca_mse"])
     return run.finish(metrics, common.table(result_rows(
         [f"beta {beta:g}" for beta in args.sweep], val, tests, metrics)), models[shown])
 
@@ -491,17 +491,18 @@ def main(argv=None):
         return sweep(args, data)
     run = common.Run(args, data, columns=COLUMNS)
     tests, val = [], []
-    for fold, split in enumerate(common.splits(data.y_train, args.folds, args.seed)):
+    splits = common.splits(data.y_train, args.folds, args.seed)
+    for fold, (name, split) in enumerate(splits.items()):
         x_train, x_val = (data.x_train[idx] for idx in split)
-        model, rows = fit(args, run, f"fold {fold + 1}", (args.seed, fold), x_train, x_val)
+        model, rows = fit(args, run, name, (args.seed, fold), x_train, x_val)
         val.append(evaluate(model, x_val, args.beta))
         tests.append(evaluate(model, data.x_test, args.beta))  # the one look at the test set
 
     # figures and the other numbers are those of the last fold
-    metrics = describe(run, model, args.beta, tests[-1], rows, data, x_train)
+    metrics = describe(run, model, tests[-1], rows, data, x_train)
     metrics |= {"folds": args.folds, **common.over_folds([
         {"val_mse": v["mse"], "test_mse": t["mse"]} for v, t in zip(val, tests, strict=True)])}
-    table = result_rows([f"fold {fold + 1}" for fold in range(args.folds)], val, tests, metrics)
+    table = result_rows(splits, val, tests, metrics)
     if args.folds > 1:
         table.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"], None, None))
     return run.finish(metrics, common.table(table), model)

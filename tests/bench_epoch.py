@@ -40,7 +40,7 @@ class Images(torch.utils.data.Dataset):
 
 def main():
     parser = common.Parser(__doc__)
-    parser.add_argument("--data-dir", type=common.path, default="data", help="as in ae.py")
+    parser.add_argument("--data-dir", default="data", help="as in ae.py")
     parser.add_argument("--images", type=common.number(int, 96, 48_000), default=9600,
                         help="images in an epoch: fewer are quicker, the ratios stay")
     ours = parser.parse_args()

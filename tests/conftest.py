@@ -1,5 +1,6 @@
 """What all tests share. None needs a network or FashionMNIST: they run on the digits."""
 
+import functools
 import gzip
 import hashlib
 import json
@@ -14,13 +15,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads gain nothing on so 
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # so that plain `pytest` works too
 
 import common  # noqa: E402
 
-common.DPI = 30  # most of a --fast run is the drawing
+# most of a --fast run is the drawing: small, without a layout, t-SNE with the fewest steps it takes
+common.DPI = 30
+common.TSNE = functools.partial(common.TSNE, max_iter=250)
+ConstrainedLayoutEngine.execute = lambda self, fig: None
 
 
 @pytest.fixture(autouse=True)

@@ -104,13 +104,15 @@ def draw_stand_ins():
 
 
 def draw_recipes(runs):
-    """Figure 24 for both recipes of gan.py, a line for each seed in results/, and samples."""
+    """Figure 24 for the recipes of gan.py, a line for each seed in results/, and samples."""
     fig = Figure(figsize=(13, 4), layout="constrained")
     plots, samples = fig.subfigures(1, 2, width_ratios=[3, 1])
     left, right = plots.subplots(1, 2)
     grids = samples.subplots(2, 1)
-    for color, ax, name, title in (("C1", grids[0], "gan-report", "the report's recipe"),
-                                   ("C0", grids[1], "gan", "ours")):
+    for color, ax, name, title in (
+            ("C1", grids[0], "gan-report", "the report's recipe"),
+            ("C2", None, "gan-two-layers", "ours with two convolutions in D"),
+            ("C0", grids[1], "gan", "ours")):
         for n, folder in enumerate(sorted(seeds(RESULTS, name))):
             log = (folder / "log.jsonl").read_text().splitlines()
             rows = [json.loads(line) for line in log]
@@ -118,16 +120,17 @@ def draw_recipes(runs):
             left.plot(epochs, [row["d_loss"] for row in rows], color=color, **label)
             left.plot(epochs, [row["g_loss"] for row in rows], color=color, ls="--")
             right.plot(epochs, [row["val_frechet"] for row in rows], color=color, **label)
-        net = gan.load_run(seeds(runs, name)[0])
-        common.show_images(ax, gan.sample(net, gan.noise(18, net.linear[0].in_features, 1)), 6)
-        ax.set_title(f"samples, {title}", fontsize=10)
+        if ax:
+            net = gan.load_run(seeds(runs, name)[0])
+            common.show_images(ax, gan.sample(net, gan.noise(18, net.noise_dim, 1)), 6)
+            ax.set_title(f"samples, {title}", fontsize=10)
     for value, label in zip(gan.CHANCE.values(), ("D guesses: 1.386", "G at chance: .693"),
                             strict=True):
         left.axhline(value, color="gray", lw=1, zorder=0)
         left.text(30, value, label, va="top", ha="right", fontsize=8)
     left.set(ylim=0, xlabel="epoch", ylabel="loss: D solid, G dashed",
              title="At the end their losses hardly differ,")
-    right.set(ylim=0, xlabel="epoch", ylabel="Frechet distance to validation images",
+    right.set(yscale="log", xlabel="epoch", ylabel="Frechet distance to validation images",
               title="but their samples do")
     left.legend(loc="lower right")
     right.legend()
@@ -146,7 +149,7 @@ def draw_strip(runs, data):
     x = data.x_test[first]
     net_ae, net_vae = ae.load_run(runs / "ae-latent18"), vae.load_run(runs / "vae")
     net_g = gan.load_run(seeds(runs, "gan")[0])
-    z = gan.noise(36, net_g.linear[0].in_features, 1)
+    z = gan.noise(36, net_g.noise_dim, 1)
     rows = {"test images": x, "PCA, 18 numbers": common.pca_reconstruct(data.x_train, x, 18),
             "autoencoder, 18": ae.reconstruct(net_ae, x), "VAE, 18": vae.reconstruct(net_vae, x),
             "invented by the GAN": gan.sample(net_g, z)[:24]}

@@ -346,7 +346,7 @@ def test_interrupted_and_nan(few, no_figures, monkeypatch, fails):
         float("nan") if len(calls) == 6 else calls.append(1) or 1))        # two evaluations
     message = fails(1, common.start, lambda: ae.main([*FAST, "--out-dir", "nan"]))
     assert "train_loss is nan after epoch 2" in message and "--lr" in message
-    state = torch.load("nan/fold-1.pt", weights_only=True)
+    state = torch.load("nan/one-split.pt", weights_only=True)
     assert len(state["rest"]["rows"]) == len(history("nan")) == 1
     assert all(v.isfinite().all() for v in state["things"]["model"].values())
 

@@ -1,8 +1,5 @@
 """common.py, flags and exit statuses: each test names the bug that it would catch."""
 
-import io
-import sys
-
 import common
 import pytest
 import torch
@@ -25,14 +22,14 @@ def parse_args(argv):
     """The flags of a small script; it calls itself ae, whose source is there."""
     parser = common.Parser("A script for tests.")
     parser.add_argument("--latent-dim", type=common.number(int, 2, 10), default=3)
-    parser.add_argument("--title", default="plain")
+    parser.add_argument("--start-class", default="plain")
     parser.add_argument("--tune", type=common.number(int, 1, 100))
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--price", type=common.number(float, 0, 1), default=0.5)
     parser.add_argument("--storage")
     common.add_training_flags(parser, RECIPES, epochs=3, batch_size=64, lr=0.1, augment="none")
     common.add_run_flags(parser)
-    return common.parse(parser, "ae", argv, RECIPES, {"epochs": 1}, MODES, redraw=("title",))
+    return common.parse(parser, "ae", argv, RECIPES, {"epochs": 1}, MODES)
 
 
 CPU = ["--device", "cpu", "--data", "digits"]
@@ -97,13 +94,3 @@ def test_a_bug_keeps_its_traceback():
             raise error
         with pytest.raises(type(error)):
             common.start(run)
-
-
-def test_any_standard_output_will_do(monkeypatch):
-    """A closed one is an AttributeError; one that knows only ASCII, a UnicodeEncodeError."""
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    common.start(lambda: print("füll", flush=True))
-    assert written.getvalue().split() == [b"f\\xfcll"]
-    monkeypatch.setattr(sys, "stdout", None)
-    common.start(lambda: print("nobody reads this"))

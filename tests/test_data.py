@@ -36,7 +36,7 @@ def test_digits_are_what_the_losses_assume(digits):
 def test_fashion_is_read_plain_or_packed(fashion, monkeypatch, packed):
     """Images and labels mixed up; a second download of what lies packed beside missing files."""
     first = (fashion / "train-images-idx3-ubyte").read_bytes()[16:16 + 784]
-    monkeypatch.setattr(common, "MIRRORS", ("http://127.0.0.1:9/",))
+    monkeypatch.setattr(common.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     if packed:
         for file in list(fashion.iterdir()):
             (fashion / f"{file.name}.gz").write_bytes(pack(file.read_bytes()))
@@ -58,7 +58,7 @@ def test_fashion_is_read_plain_or_packed(fashion, monkeypatch, packed):
 @pytest.mark.parametrize("fast", [True, False])
 def test_damaged_fashion_is_never_used(fashion, fails, capsys, monkeypatch, damage, fast):
     """torchvision only looks whether the files exist: all-zero images train without a word."""
-    monkeypatch.setattr(common, "MIRRORS", ("http://127.0.0.1:9/",))
+    monkeypatch.setattr(common.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     file, other = fashion / "train-images-idx3-ubyte", fashion / "t10k-images-idx3-ubyte"
     content = file.read_bytes()
     if damage == "zeroed":
@@ -118,8 +118,9 @@ def mirrors(fashion, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(common, "MIRRORS", (f"{base}/portal/", f"{base}/good/"))
-        yield common.MIRRORS
+        mirrors = [f"{base}/portal/", f"{base}/good/"]
+        monkeypatch.setattr(common.FashionMNIST, "mirrors", mirrors)
+        yield mirrors
         server.shutdown()
 
 
@@ -135,10 +136,10 @@ def test_a_damaged_file_is_kept_until_a_whole_one_is_there(mirrors, fashion, mon
     whole = common.load_data(data_args("fashion", "fashion"))
     file = fashion / "train-images-idx3-ubyte"
     file.write_bytes(b"damaged")
-    monkeypatch.setattr(common, "MIRRORS", mirrors[:1])
+    monkeypatch.setattr(common.FashionMNIST, "mirrors", mirrors[:1])
     assert common.load_data(data_args("auto", "fashion")).name == "digits"
     assert not file.exists() and Path(f"{file}.damaged").read_bytes() == b"damaged"
-    monkeypatch.setattr(common, "MIRRORS", mirrors)
+    monkeypatch.setattr(common.FashionMNIST, "mirrors", mirrors)
     repaired = common.load_data(data_args("fashion", "fashion"))
     assert torch.equal(whole.x_train, repaired.x_train)
     assert Path(f"{file}.damaged").read_bytes() == b"damaged"
@@ -146,7 +147,7 @@ def test_a_damaged_file_is_kept_until_a_whole_one_is_there(mirrors, fashion, mon
 
 def test_no_network(fashion, fails, monkeypatch, capsys):
     """--data fashion falls back silently; --data auto dies where there is no network."""
-    monkeypatch.setattr(common, "MIRRORS", ("http://127.0.0.1:9/",))
+    monkeypatch.setattr(common.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     message = fails(2, common.load_data, data_args("fashion", "new"))
     assert "could not be downloaded" in message
     assert common.load_data(data_args("auto", "new")).name == "digits"
@@ -183,23 +184,25 @@ def test_splits_are_disjoint_stratified_and_seeded(digits, folds):
     y = digits.y_train
     parts = common.splits(y, folds, seed=0)
     assert len(parts) == folds
-    for train, val in parts:
+    for train, val in parts.values():
         assert not set(train.tolist()) & set(val.tolist())
         assert len(train) + len(val) == len(y) and len(val) == pytest.approx(len(y) / 5, abs=1)
         assert (y[val].bincount() / len(val) - y.bincount() / len(y)).abs().max() < 0.01
     if folds > 1:
-        assert torch.cat([val for _, val in parts]).unique().numel() == len(y)
+        assert torch.cat([val for _, val in parts.values()]).unique().numel() == len(y)
     again, other = common.splits(y, folds, seed=0), common.splits(y, folds, seed=1)
-    assert torch.equal(again[0][1], parts[0][1]) and not torch.equal(other[0][1], parts[0][1])
+    name = next(iter(parts))
+    assert torch.equal(again[name][1], parts[name][1])
+    assert not torch.equal(other[name][1], parts[name][1])
 
 
 def test_splits_of_unusual_classes():
     """A class with a single image, or two classes, ends in a traceback: other data has them."""
     y = torch.tensor([0, 1] * 20 + [2])
-    train, val = common.splits(y, 1, seed=0)[0]
+    train, val = common.split(y, seed=0)
     assert torch.cat([train, val]).sort().values.equal(torch.arange(41)) and len(val) == 9
     for folds in (1, 4):
-        for train, val in common.splits(y[:40], folds, seed=0):
+        for train, val in common.splits(y[:40], folds, seed=0).values():
             assert len(train) + len(val) == 40 and y[val].bincount().tolist() == [len(val) // 2] * 2
 
 

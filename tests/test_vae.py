@@ -280,7 +280,7 @@ def test_what_is_printed(fast_run):
     assert len(rows) == 4 and max(map(len, rows)) <= 100 and len({*map(len, rows)}) == 1
     assert lines[-1] == str(folder)
     ends = [next(line for line in lines if line.startswith(what))
-            for what in ("VAE, fold 1", "PCA, 18 components", "the report")]
+            for what in ("VAE, one split", "PCA, 18 components", "the report")]
     for line, value in zip(ends, (metrics["test_mse"], metrics["pca_mse"], 0.014), strict=True):
         assert f"  {value:.4g} " in line
     assert len({*map(len, ends)}) == 1  # one below the other
