@@ -207,7 +207,7 @@ def make_optimizer(model, args, n):
     """Optimiser and learning rate schedule, advanced after every step, for n training images."""
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay,
-                                     fused=True)
+                                     fused=True)  # all parameters in one go: faster
     else:
         optimizer = torch.optim.SGD(model.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.schedule == "onecycle":  # a high rate explores, the decay to zero then settles
@@ -391,10 +391,11 @@ def tune(args, data):
     x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]  # all that a trial sees
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # we print a line for each trial
     run = common.Run(args, data)
+    where = args.storage or str(run.folder / "study.journal")
     try:
-        study = open_study(args, args.storage or str(run.folder / "study.journal"))
+        study = open_study(args, where)
     except Exception as error:  # each kind of storage has its own
-        common.fail(f"cannot keep a study in {args.storage} ({type(error).__name__}: {error})")
+        common.fail(f"cannot keep a study in {where} ({type(error).__name__}: {error})")
 
     def objective(trial):
         # all draws follow from the seed and the trial's number: with one seed for all, workers

@@ -170,7 +170,11 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, runs=None):
         defaults = recipes[getattr(args, "recipe", "best")] | (
             modes[mode].defaults if mode else {}) | (fast if args.fast else {})
         parser.set_defaults(**defaults)
-        return parser.parse_args(words), mode, {**plain, **defaults}
+        args = parser.parse_args(words)
+        empty = [flag for flag, value in vars(args).items() if value == ""]
+        if empty:  # an unset variable in a shell
+            parser.error(f"--{empty[0].replace('_', '-')} is empty")
+        return args, mode, {**plain, **defaults}
 
     words = sys.argv[1:] if argv is None else list(argv)
     args, mode, defaults = read(words)
@@ -354,8 +358,7 @@ def batches(n, batch_size, rng, device="cpu"):
     batch is smaller, so a mean over batches is not the mean over images.
     """
     order = torch.randperm(n, generator=rng).to(device)
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(order.split(batch_size), disable=not terminal, leave=False)
+    return tqdm(order.split(batch_size), disable=None, leave=False)  # None: on a terminal only
 
 
 def augment(x, kind, rng):
@@ -434,7 +437,7 @@ def knn_accuracy(points, y):
 @contextmanager
 def atomic(file):
     """Write to a temporary file that replaces `file` only once it is complete and on the disk."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # two runs may download at once
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # two runs may write at once
     try:
         with open(temporary, "wb") as f:
             yield f
@@ -519,7 +522,7 @@ def digest(script, *words):
     imported = {alias.name for node in nodes(script) if isinstance(node, ast.Import)
                 for alias in node.names}
     chapters = sorted(name for name in {script} | imported - {"common"} if file(name).exists())
-    lesson = ("seed_everything", "split", "splits", "batches", "augment")
+    lesson = ("load_data", "seed_everything", "split", "splits", "batches", "augment")
     code = [node for node in nodes("common") if getattr(node, "name", "") in lesson]
     code += [node for name in chapters for node in nodes(name)
              if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign)
@@ -729,7 +732,7 @@ def trained(script, name, args, flags, minutes):
         words = ["--resume", str(folder)]
     else:
         print(f"{folder} is not there yet: {shell('python', f'{script}.py', *words)} makes it, in "
-              f"about {'a few seconds' if args.fast else f'{minutes} minutes'}", flush=True)
+              f"{'a few seconds' if args.fast else f'about {minutes} minutes'}", flush=True)
         words += ["--out-dir", str(folder)]
     importlib.import_module(script).main([*words, "--data-dir", args.data_dir,
                                           "--device", args.device])
@@ -810,7 +813,7 @@ def draw_ablation(run, variants, xlabel, title):
     ax.set(xlabel=f"{xlabel} (line: mean)", title=title)
     ax.grid(alpha=0.3, axis="x")
     ax.legend()
-    run.save(fig, "ablation", f"What lies in the grey band cannot be told from {first}.")
+    run.save(fig, "ablation", f"Dots in the grey band could be seeds of {first}.")
 
 
 def scatter(ax, points, y, classes):

@@ -22,6 +22,7 @@ import math
 import shlex
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -64,6 +65,14 @@ def parse_args(argv=None):
 
 
 # --------------------------------------------------------------------------- maps
+
+
+class Map(NamedTuple):
+    """One map of the test images."""
+
+    name: str           # ae, vae, pca or tsne
+    points: np.ndarray  # (N, 2)
+    numbers: dict       # for metrics.json
 
 
 def map_encoder(script, folder, x):
@@ -110,7 +119,7 @@ def map_tsne(x, perplexity, seed):
 
 
 def measure(x, y, maps, classes):
-    """Add to the numbers of each map (name, points (N, 2), numbers) of x, y how far to trust it.
+    """Add to the numbers of each Map of x (N, 1, 28, 28), y (N,) how far to trust it.
 
     knn_accuracy: do the classes keep apart? trustworthiness: are neighbours in the map neighbours
     as images, in Euclidean distance (not a person's idea of alike)? 1: the 5 nearest points are the
@@ -126,7 +135,7 @@ def measure(x, y, maps, classes):
 
 
 def table(maps):
-    """The maps [(name, points, numbers)] as lines of text."""
+    """The list of Maps as lines of text."""
     return common.table([
         ("map", "5-NN accuracy", "trustworthiness", "test MSE", "seconds", "new points"),
         *((LABELS[name][0] + (f", perplexity {m['perplexity']:g}" if name == "tsne" else ""),
@@ -173,7 +182,7 @@ def draw_names(ax, points, y, classes):
 
 
 def draw_maps(run, file, maps, x, y, data, columns=1):
-    """The maps [(name, points (N, 2), numbers)] of x (N, 1, 28, 28), y (N,) as one figure.
+    """The list of Maps of x (N, 1, 28, 28), y (N,) as one figure.
 
     Some of the images are drawn, centred at their points: they show what a region means. The axes
     end where the outermost hundredth of the points does: a few outliers would squeeze all others.
@@ -229,23 +238,22 @@ def main(argv=None):
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
 
     run = common.Run(args, data)
-    maps = [(script.__name__, *map_encoder(script, find_encoder(script, args), x))
-            for script in (ae, vae)]  # name, points (N, 2), numbers
-    maps.append(("pca", *map_pca(data.x_train, x)))
-    tsne = [("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
+    maps = [Map(script.__name__, *map_encoder(script, find_encoder(script, args), x))
+            for script in (ae, vae)]
+    maps.append(Map("pca", *map_pca(data.x_train, x)))
+    tsne = [Map("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
     maps += tsne
     measure(x, y, maps, data.classes)
 
-    four = [*maps[:3], next((m for m in tsne if m[2]["perplexity"] == 30), tsne[0])]
+    four = [*maps[:3], next((m for m in tsne if m.numbers["perplexity"] == 30), tsne[0])]
     for number, one in enumerate(four, start=26):
-        draw_maps(run, f"fig{number}_{one[0]}", [one], x, y, data)
+        draw_maps(run, f"fig{number}_{one.name}", [one], x, y, data)
     draw_maps(run, "maps", four, x, y, data, columns=2)
     if len(tsne) > 1:
         draw_maps(run, "perplexity", tsne, x, y, data)
     return run.finish({
-        "methods": {name: numbers for name, _, numbers in four}, "points": n,
-        "neighbours": common.NEIGHBOURS,
-        "perplexity": [numbers for *_, numbers in tsne]}, table(maps))
+        "methods": {m.name: m.numbers for m in four}, "points": n,
+        "neighbours": common.NEIGHBOURS, "perplexity": [m.numbers for m in tsne]}, table(maps))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import math
 import socket
 import statistics
 from collections import defaultdict
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -117,11 +118,10 @@ def parse_args(argv=None):
 
 def settings(args, name):
     """The flags of one model: what was asked for, else its SETTINGS; model: its name."""
-    flags = common.with_flags(args, model=name, optimizer="adam",
-                              schedule="constant" if args.recipe == "report" else "onecycle")
-    for flag, default in SETTINGS[args.recipe][name].items():
-        asked = getattr(args, flag, None)  # weight_decay has no flag
-        setattr(flags, flag, default if asked is None else asked)
+    asked = {flag: value for flag, value in vars(args).items() if value is not None}
+    flags = common.with_flags(args, **{
+        **SETTINGS[args.recipe][name], **asked, "model": name, "optimizer": "adam",
+        "schedule": "constant" if args.recipe == "report" else "onecycle"})
     if name == "cnn":
         flags.train = "all"  # nothing to freeze
     flags.scratch = args.scratch and name == "ae"
@@ -323,14 +323,6 @@ def evaluate(model, x, y):
     return loss_and_accuracy(predict(model, x), y)
 
 
-def most_confused(matrix, classes, count=3):
-    """[(true class, predicted class, images)], the largest off the diagonal of matrix (C, C)."""
-    errors = matrix - np.diag(np.diag(matrix))
-    largest = np.argsort(-errors, axis=None, kind="stable")[:count]
-    return [(classes[t], classes[p], int(errors[t, p]))
-            for t, p in zip(*np.unravel_index(largest, errors.shape), strict=True)]
-
-
 def load_judge(args, data):
     """The CNN that judges the samples of gan.py, in evaluation mode: --judge, or a new one."""
     folder = args.judge or common.trained("finetune", "judge", args,
@@ -344,11 +336,11 @@ def load_judge(args, data):
 # --------------------------------------------------------------------------- few labels
 
 SEEDS = 3  # trainings of each, with other labelled images
-# validation data choose among these, for each way, number of labels and seed
+# validation data choose among these, for each way, number of labels and seed: for a network
 CANDIDATES = [{"lr": 0.002, "augment": "none"}, {"lr": 0.008, "augment": "none"},
               {"lr": 0.008, "augment": "shift"}]
 TRANSFER = [{"lr": 0.001, "augment": "shift"}, {"lr": 0.004, "augment": "shift"}]
-STRENGTHS = (0.01, 0.1, 1.0)  # of the logistic regression: inverse of its L2 penalty, likewise
+STRENGTHS = (0.01, 0.1, 1.0)  # of the logistic regression, the inverse of its L2 penalty
 
 
 def label_subset(y, n, seed):
@@ -412,7 +404,7 @@ def label_efficiency(args, data):
     args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=9)
     net_ae = ae.load_run(args.encoder).to(args.device)
     net_vae = vae.load_run(common.trained("vae", "vae", args, [], minutes=7)).to(args.device)
-    encoders = {"probe on AE codes": lambda x: ae.encode(net_ae, x),
+    encoders = {"probe on AE codes": partial(ae.encode, net_ae),
                 "probe on VAE codes": lambda x: vae.encode(net_vae, x)[0]}
     val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
     flags, points = settings(args, "ae"), defaultdict(list)
@@ -445,8 +437,8 @@ def transfer(args, data):
         common.fail(f"--transfer takes four classes or more, two for each half: there are "
                     f"{len(data.classes)}")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    flags, points = settings(args, "cnn"), defaultdict(list)
-    flags.batch_size = 32
+    flags = common.with_flags(settings(args, "cnn"), batch_size=32)
+    points = defaultdict(list)
 
     def of_classes(x, y, low, high):  # their images, and labels that count from 0
         chosen = (y >= low) & (y < high)
@@ -464,10 +456,10 @@ def transfer(args, data):
         x_val, y_val = of_classes(*val, half, classes)
         val = x_val[:1000], y_val[:1000]  # enough to choose, and each epoch looks at them
         test = of_classes(data.x_test, data.y_test, half, classes)
-        for n in [n for n in (50, 500, 5000) if n <= len(x)] or [len(x)]:  # all, if fewer than 50
+        for n in sorted({min(n, len(x)) for n in (50, 500, 5000)}):
             idx = label_subset(y, n, seed)
             points["frozen", n].append(probe(
-                lambda images, net=before: encode(net, images), (x[idx], y[idx]), val, test))
+                partial(encode, before), (x[idx], y[idx]), val, test))
             # an epoch shows a sixteenth of the images at least, however few different ones
             idx = idx.repeat(math.ceil(len(x) / 16 / n))
             for way, weights in (("fine-tuned", start), ("from scratch", None)):
@@ -613,7 +605,7 @@ def train_and_test(flags, run, data, splits, start):
             "title", "scratch", "mirror", "schedule", "train", "epochs", "batch_size", "lr",
             "weight_decay", "augment")},
         "per_class": (matrix.diagonal() / matrix.sum(1).clip(min=1)).tolist(),
-        "confusion": matrix.tolist(), "most_confused": most_confused(matrix, data.classes)}
+        "confusion": matrix.tolist()}
     curves, confusion = FIGURES[flags.model]
     common.plot_curves(run, curves, rows, {
         "accuracy": ("seen_accuracy", "val_accuracy"),

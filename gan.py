@@ -4,8 +4,8 @@ Section 3 of the report: a GAN, what its losses can tell, and which model is the
 
     python gan.py                       our best small GAN
     python gan.py --recipe report       the report's networks and settings: 100 epochs
-    python gan.py --ablate              each ingredient left out in turn, and other noise sizes
-    python gan.py --ablate --recipe report   each put into the report's recipe
+    python gan.py --ablate              one ingredient changed at a time, and other noise sizes
+    python gan.py --ablate --recipe report   the same to the report's recipe
     python gan.py --compare             AE, VAE and both GANs side by side as generators
     python gan.py --fast                smoke test in seconds
 
@@ -51,8 +51,8 @@ RECIPES = {
                "schedule": "constant", "ema": 0.0, "batch_size": 128, "epochs": 100,
                "augment": "flip"},
 }
-
-
+# seeds of noise. They do not follow --seed, so that two runs show the same vectors
+VAL_NOISE, FIGURE_NOISE, WALK_NOISE, TEST_NOISE, COMPARE_NOISE = 0, 1, 2, 3, (10, 11, 12)
 # what goes with flags that start many trainings: see ae.py
 MODES = {
     "ablate": common.Mode(takes=("recipe", "judge", "epochs", "batch_size"),
@@ -70,8 +70,8 @@ def parse_args(argv=None):
                        help="Adam's momentum: with it the two networks overshoot in turn; DCGAN "
                             "took 0.5")
     group.add_argument("--ablate", action="store_true",
-                       help="train once for each ingredient left out (--recipe report: put in), "
-                            "and for two other sizes of noise; 3 epochs each")
+                       help="change one ingredient at a time, and the size of the noise: two "
+                            "trainings each, of 3 epochs")
     group.add_argument("--compare", action="store_true",
                        help="AE, VAE and both GANs side by side; trains what is not there yet")
     common.add_training_flags(parser, RECIPES, epochs=16, batch_size=64, lr=0.006, augment="none",
@@ -149,7 +149,7 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(filters[-1] * size * size, 1)
 
     def forward(self, x):                     # (B, 1, 28, 28)
-        x = self.blocks(2 * x - 1).flatten(1)  # (B, f3 * 9); [-1, 1], as black 0 gives no gradient
+        x = self.blocks(2 * x - 1).flatten(1)  # (B, 9 * f3); [-1, 1]: 0 gives no gradient
         return self.linear(x).squeeze(1)
 
 
@@ -209,14 +209,14 @@ def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, ar
         d_optimizer.step()
 
         # step 2, G: make D say "real" (the non-saturating loss of arXiv 1406.2661, section 3).
-        # inputs: D's own gradient would be thrown away
+        # inputs: D's own gradients would cost time, and its next zero_grad would throw them away
         g_loss = bce(netD(fake), 1.0)
         g_optimizer.zero_grad()
         g_loss.backward(inputs=list(netG.parameters()))
         g_optimizer.step()
 
-        steps = schedules[0].last_epoch  # it counts steps, from the first one of the training on
-        update_average(netG_ema, netG, min(args.ema, (1 + steps) / (10 + steps)))
+        t = schedules[0].last_epoch  # steps so far, in spite of its name
+        update_average(netG_ema, netG, decay=min(args.ema, (1 + t) / (10 + t)))
         for schedule in schedules:
             schedule.step()
 
@@ -233,8 +233,9 @@ def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, ar
 def update_average(netG_ema, netG, decay):
     """netG_ema = decay * netG_ema + (1 - decay) * netG, weights and BatchNorm's statistics.
 
-    G circles around a good place rather than reach it; the average lies inside. The decay grows
-    with the steps, (1 + t) / (10 + t) at most: else the first random weights would count for long.
+    G circles around a good place rather than reach it; the average lies inside. In the first
+    thousands of steps t train_epoch takes the smaller decay (1 + t) / (10 + t): else the first,
+    random weights would count for long.
     """
     for average, value in zip(netG_ema.state_dict().values(), netG.state_dict().values(),
                               strict=True):
@@ -286,10 +287,6 @@ def sample(netG, z):
     """Images (N, 1, 28, 28) from noise z (N, D): each from its own row of z alone."""
     netG.eval()  # with the statistics of a batch, an image would depend on its neighbours
     return common.in_batches(netG, z)
-
-
-# seeds of noise. They do not follow --seed, so that two runs show the same vectors
-VAL_NOISE, FIGURE_NOISE, WALK_NOISE, TEST_NOISE, COMPARE_NOISE = 0, 1, 2, 3, (10, 11, 12)
 
 
 def noise(n, dim, seed, device="cpu"):
@@ -490,7 +487,7 @@ def sample_density(net, density, n, seed):
     return vae.decode(net, z.to(next(net.parameters()).device))  # an AE has a decoder too
 
 
-def draw_sets(folders, args, data):
+def sample_sets(folders, args, data):
     """Yields {name: n images} from four finished runs for each seed; n: the size of the test set.
 
     Reconstructions and training images are no generators: they say what the numbers can reach.
@@ -531,7 +528,7 @@ def compare(args, data):
             "gan", "gan-report", args, ["--recipe", "report"], minutes=65)}
     test_features = finetune.encode(judge, data.x_test)
     judged, shown = defaultdict(list), {}
-    for sets in draw_sets(folders, args, data):
+    for sets in sample_sets(folders, args, data):
         for name, x in sets.items():
             judged[name].append(judge_images(judge, x, data.x_test, test_features))
             print(f"{name}, set {len(judged[name])}: Frechet {judged[name][-1]['frechet']:.1f}",
@@ -539,11 +536,12 @@ def compare(args, data):
             shown[name] = x[:14]
     results = {}
     for name, each in judged.items():
-        results[name] = {key: each[0][key] for key in (
-            "class_coverage", "two_sample", "two_sample_pixels")}
-        for key in ("frechet", "precision", "recall"):
+        results[name] = {}
+        for key in each[0]:  # of each a mean, and of numbers a spread too
             values = [row[key] for row in each]
-            results[name] |= {key: statistics.mean(values), f"{key}_std": statistics.stdev(values)}
+            results[name][key] = np.mean(values, axis=0).tolist()
+            if isinstance(values[0], float):
+                results[name][f"{key}_std"] = statistics.stdev(values)
     common.draw_rows(run, "generators", {
         f"{name}\nFrechet {results[name]['frechet']:.1f}": x for name, x in shown.items()}, 14,
         f"{data.name}: which model is the best generator?",

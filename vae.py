@@ -94,7 +94,7 @@ class Encoder(nn.Module):
         x = self.block1(x)              # (B, f1, 13, 13)
         x = self.block2(x).flatten(1)   # (B, f2 * 25): 5x5 pixels in each map
         x = self.linear(x)              # (B, hidden); as it is if hidden is 0
-        return self.mu(x), self.logvar(x)
+        return self.mu(x), self.logvar(x).clamp(max=20)  # exp(200) would be inf
 
 
 class Decoder(nn.Module):
@@ -156,7 +156,7 @@ def reparameterize(mu, logvar, rng):
     It is drawn on the CPU: the same on every device.
     """
     eps = torch.randn(mu.shape, generator=rng).to(mu.device)
-    return mu + torch.exp(0.5 * logvar.clamp(max=20)) * eps  # exp(200) would be inf
+    return mu + torch.exp(0.5 * logvar) * eps
 
 
 # --------------------------------------------------------------------------- loss
@@ -175,7 +175,6 @@ def gaussian_nll(recon_x, x, log_sigma):
 
 def kl_divergence(mu, logvar):
     """KL(q(z|x) || N(0, I)) in nats, (B, D): sum over D for an image (arXiv 1312.6114, app. B)."""
-    logvar = logvar.clamp(max=20)  # as in reparameterize
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
 
 
@@ -280,7 +279,7 @@ def evaluate(model, x, beta):
     kl = kl_divergence(mu, logvar).mean(0)  # (D,)
     # covariance of z over all images: that of the means plus the mean variance. With it, the KL of
     # N(0, cov) from the product of its marginals is (sum of log variances - log det cov) / 2
-    cov = torch.cov(mu.T) + logvar.clamp(max=20).exp().mean(0).diag()
+    cov = torch.cov(mu.T) + logvar.exp().mean(0).diag()
     cov = cov.cpu().double()  # a determinant of up to 784 small numbers
     correlation = 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()
     return {"beta": beta, "loss": (nll + beta * kl.sum()).item(),

@@ -236,7 +236,7 @@ def test_what_is_printed(fast_run):
     """Rows that break in a terminal of 100 columns; an end that does not say what came out."""
     metrics, folder, printed = fast_run
     lines = printed.splitlines()
-    rows = [line for line in lines if line.startswith(("part ", "fold "))]
+    rows = [line for line in lines if line.startswith(("part ", "one split"))]
     assert len(rows) == 4 and max(map(len, rows)) <= 100 and len({*map(len, rows)}) == 1
     assert lines[-1] == str(folder)
     ends = [next(line for line in lines if line.startswith(what))

@@ -73,7 +73,7 @@ def test_a_run_from_before_the_change_is_refused(changed, capsys):
     """An old run that goes on with another network."""
     args = vae.parse_args(["--fast", "--data", "digits", "--device", "cpu", "--out-dir", "old"])
     run = common.Run(args, common.load_data(args))
-    run.begin("fold 1", 1, vae.build(args))
+    run.begin("one split", 1, vae.build(args))
     run.end_epoch(score=1.0)
     with pytest.raises(SystemExit, match="2"):
         changed(["third block"], "--resume", "old")

@@ -155,7 +155,7 @@ def test_what_generators_draw_from(two_classes):
     for script, flags in ((ae, []), (vae, []), (gan, []), (gan, ["--recipe", "report"])):
         quick_main(script, [])([*FAST, *flags, "--out-dir", f"{script.__name__}{len(flags)}"])
     args = gan.parse_args([*FAST, "--compare"])
-    first, drawn, _ = gan.draw_sets(
+    first, drawn, _ = gan.sample_sets(
         {"ae": "ae0", "vae": "vae0", "gan": "gan0", "gan_report": "gan2"}, args, two_classes)
     netV, z = vae.load_run("vae0"), gan.noise(60, 18, 11)
     assert torch.equal(drawn["VAE, prior"], vae.decode(netV, z))
