@@ -137,19 +137,19 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, 1, 28, 28) -> logits (B,): above 0 is "real". A convolution for each of filters."""
+    """Images (B, 1, 28, 28) -> logits (B,): above 0 is "real". filters: of each convolution."""
 
     def __init__(self, filters=(64, 96, 80)):
         super().__init__()
         self.blocks, size = nn.Sequential(), 28
         for f_in, f_out in pairwise((1, *filters)):
-            self.blocks.append(nn.Sequential(nn.Conv2d(f_in, f_out, 4, stride=2, padding=1),
-                                             nn.LeakyReLU(0.2)))
+            conv = nn.Conv2d(f_in, f_out, 4, stride=2, padding=1)
+            self.blocks.append(nn.Sequential(conv, nn.LeakyReLU(0.2)))
             size = size // 2  # 14, 7, 3
         self.linear = nn.Linear(filters[-1] * size * size, 1)
 
-    def forward(self, x):                     # (B, 1, 28, 28)
-        x = self.blocks(2 * x - 1).flatten(1)  # (B, 9 * f3); [-1, 1]: 0 gives no gradient
+    def forward(self, x):                      # (B, 1, 28, 28)
+        x = self.blocks(2 * x - 1).flatten(1)  # (B, 9 * f3); -1 to 1: 0 gives no gradient
         return self.linear(x).squeeze(1)
 
 

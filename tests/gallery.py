@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import torchvision  # noqa: E402
 import vae  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
 from PIL import Image  # noqa: E402
 from sklearn.manifold import TSNE  # noqa: E402
 
@@ -137,6 +138,24 @@ def draw_recipes(runs):
     Folder(RESULTS / "gan").save(fig, "recipes")
 
 
+def draw_sight(runs, data):
+    """What one number in D's maps has seen of an image, and what G learns from such a D."""
+    fig = Figure(figsize=(13, 4), layout="constrained")
+    left, *others = fig.subplots(1, 3, width_ratios=[1, 1.43, 1.43])
+    common.show_images(left, data.x_test[1:2], 1)
+    for layers, size in enumerate((4, 10, 22), start=1):  # kernel 4, stride 2
+        corner, color = 14.5 - size / 2, f"C{(1, 2, 0)[layers - 1]}"
+        left.add_patch(Rectangle((corner, corner), size, size, fill=False, lw=2.5, color=color))
+        left.text(corner, corner - 0.8, f"{layers}: {size}x{size}", color=color, weight="bold",
+                  bbox={"color": "black", "pad": 1})
+    left.set_title("seen after so many convolutions")
+    for ax, name, title in zip(others, ("gan-two-layers", "gan"), ("two", "three"), strict=True):
+        net = gan.load_run(seeds(runs, name)[-1])
+        common.show_images(ax, gan.sample(net, gan.noise(70, net.noise_dim, 1)), 10)
+        ax.set_title(f"samples, {title} convolutions in D")
+    Folder(RESULTS / "gan").save(fig, "sight")
+
+
 def seeds(folder, name):
     """The folders of a run with each of its seeds, those that are there."""
     return [f for f in sorted(folder.glob(f"{name}*"))
@@ -179,6 +198,7 @@ def main():
     draw_finetune(data)
     draw_stand_ins()
     draw_recipes(runs)
+    draw_sight(runs, data)
     draw_strip(runs, data)
 
 
