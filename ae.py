@@ -45,8 +45,7 @@ RECIPES = {
 }
 
 
-# flags that start many trainings instead of one. own: flags that mean nothing without it; takes:
-# others that go with it, any other is refused; defaults: of these
+# flags that start many trainings instead of one, and which others go with them: see common.Mode
 MODES = {"tune": common.Mode(own=("storage", "price"), takes=("epochs",), defaults={"epochs": 5}),
          "ablate": common.Mode(takes=(
              "latent_dim", "hidden", "filters", "decoder_filters", "schedule", "epochs", "lr",

@@ -189,6 +189,8 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, runs=None):
             if getattr(args, flag) != value and flag not in {*FREE, *runs}:
                 parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: leave it "
                              "out, or start a new run")
+        if getattr(args, "storage", None) and "--storage" not in " ".join(words):
+            parser.error(f"--resume opens no study by itself: add --storage {args.storage}")
         args.argv, args.begun, args.out_dir = begun["argv"], begun, None
         args.data = begun["data"]  # what auto found when the run began
 

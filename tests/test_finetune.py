@@ -259,6 +259,16 @@ def test_fast_run(fast_run):
     assert len(list(folder.glob("mistakes_*.png"))) == 3 and (folder / "per_class.png").exists()
 
 
+def test_without_weights(fast_run, fails, monkeypatch):
+    """Random weights passed off as pre-trained where none can be had."""
+    metrics, folder = fast_run
+    assert "resnet18" not in metrics["models"]
+    assert "no ImageNet weights in" in metrics["left_out"]["resnet18"]
+    assert not list(folder.glob("*resnet18.png"))
+    monkeypatch.setenv("TORCH_HOME", "empty")
+    assert "ImageNet" in fails(2, finetune.main, [*FAST, "--model", "resnet18"])
+
+
 def test_training_never_sees_the_test_set(encoder, fewer, no_figures, monkeypatch):
     """Selection, curves or statistics that depend on test images."""
     command = [*FAST, "--model", "ae", "--train", "last", "--encoder", encoder]

@@ -8,7 +8,7 @@ import finetune
 import pytest
 import torch
 import torchvision
-from test_finetune import FAST, digits, encoder, fast_run, few, fewer, no_figures  # noqa: F401
+from test_finetune import FAST, digits, encoder, few, fewer, no_figures  # noqa: F401
 
 
 class Evil:
@@ -57,13 +57,3 @@ def test_pretrained_weights_are_used_and_stay(no_figures):
     assert not state["net.layer3.0.conv1.weight"].equal(weights["layer3.0.conv1.weight"])
     m = metrics["models"]["resnet18"]
     assert m["trained_parameters"] == 10_498_570 < m["parameters"] == 11_181_642
-
-
-def test_without_weights(fast_run, fails, monkeypatch):
-    """Random weights passed off as pre-trained where none can be had."""
-    metrics, folder = fast_run
-    assert "resnet18" not in metrics["models"]
-    assert "no ImageNet weights in" in metrics["left_out"]["resnet18"]
-    assert not list(folder.glob("*resnet18.png"))
-    monkeypatch.setenv("TORCH_HOME", "empty")
-    assert "ImageNet" in fails(2, finetune.main, [*FAST, "--model", "resnet18"])
