@@ -1,4 +1,4 @@
-"""Why do the losses of a GAN say nothing about its samples, and what makes a small GAN good?
+"""Why can the losses of a GAN not tell how good its samples are, and what can?
 
 Section 3 of the report: a GAN, what its losses can tell, and which model is the best generator.
 
@@ -67,8 +67,8 @@ def parse_args(argv=None):
     group.add_argument("--noise-dim", type=number(int, 1, 784), default=32,
                        help="size D of the noise z that an image is made from")
     group.add_argument("--beta1", type=number(float, 0, 0.999), default=0.0,
-                       help="Adam's momentum: with it the two networks overshoot in turn; DCGAN "
-                            "took 0.5")
+                       help="Adam's momentum, with which the two networks may overshoot in "
+                            "turn; DCGAN took 0.5")
     group.add_argument("--ablate", action="store_true",
                        help="change one ingredient at a time, and the size of the noise: two "
                             "trainings each, of 3 epochs")
@@ -80,8 +80,9 @@ def parse_args(argv=None):
     group.add_argument("--filters", type=number(int, 1, 512), nargs=3, default=[128, 64, 32],
                        help="maps that enter the generator's three transposed convolutions")
     group.add_argument("--d-filters", type=number(int, 1, 512), nargs="+", default=[64, 96, 80],
-                       help="maps of the discriminator's convolutions, four at most; with two, as "
-                            "in the report, it sees parts of an image, with three nearly all of it")
+                       help="maps of the discriminator's convolutions, four at most: a number in "
+                            "its last maps sees 10x10 pixels with two, as in the report, and up to "
+                            "22x22 with three")
     group.add_argument("--batchnorm", action=argparse.BooleanOptionalAction, default=True,
                        help="normalise the generator's maps over the batch")
     group.add_argument("--spectral-norm", action=argparse.BooleanOptionalAction, default=True,
@@ -149,7 +150,7 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(filters[-1] * size * size, 1)
 
     def forward(self, x):                      # (B, 1, 28, 28)
-        x = self.blocks(2 * x - 1).flatten(1)  # (B, 9 * f3); -1 to 1: 0 gives no gradient
+        x = self.blocks(2 * x - 1).flatten(1)  # (B, 9 * f3); -1 to 1: a weight learns nothing at 0
         return self.linear(x).squeeze(1)
 
 
@@ -233,7 +234,7 @@ def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, ar
 def update_average(netG_ema, netG, decay):
     """netG_ema = decay * netG_ema + (1 - decay) * netG, weights and BatchNorm's statistics.
 
-    G circles around a good place rather than reach it; the average lies inside. In the first
+    G may circle around a good place rather than reach it; the average lies inside. In the first
     thousands of steps t train_epoch takes the smaller decay (1 + t) / (10 + t): else the first,
     random weights would count for long.
     """
@@ -383,7 +384,8 @@ def draw_curves(run, rows, train_frechet, data_name):
         if ylabel == "D's accuracy":
             ax.axhline(0.5, color="gray", ls="--", label="chance level")
         if keys == ("val_frechet",):
-            ax.axhline(train_frechet, color="gray", ls="--", label="training images")
+            ax.axhline(train_frechet, color="gray", ls="--",
+                       label=f"training images: {train_frechet:.1f}")
             ax.set_ylim(0)
         ax.set(xlabel="epoch", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)

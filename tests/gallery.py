@@ -128,7 +128,7 @@ def draw_recipes(runs):
     for value, label in zip(gan.CHANCE.values(), ("D guesses: 1.386", "G at chance: .693"),
                             strict=True):
         left.axhline(value, color="gray", lw=1, zorder=0)
-        left.text(30, value, label, va="top", ha="right", fontsize=8)
+        left.text(23, value, label, va="bottom", ha="center", fontsize=8)
     left.set(ylim=0, xlabel="epoch", ylabel="loss: D solid, G dashed",
              title="At the end their losses hardly differ,")
     right.set(yscale="log", xlabel="epoch", ylabel="Frechet distance to validation images",
@@ -143,15 +143,16 @@ def draw_sight(runs, data):
     fig = Figure(figsize=(13, 4), layout="constrained")
     left, *others = fig.subplots(1, 3, width_ratios=[1, 1.43, 1.43])
     common.show_images(left, data.x_test[1:2], 1)
-    for layers, size in enumerate((4, 10, 22), start=1):  # kernel 4, stride 2
-        corner, color = 14.5 - size / 2, f"C{(1, 2, 0)[layers - 1]}"
+    # kernel 4, stride 2, padding 1: number k has seen pixels from 2k - 1, 4k - 3, 8k - 7 on
+    for layers, first, size, color in ((1, 13, 4, "C1"), (2, 9, 10, "C2"), (3, 1, 22, "C0")):
+        corner = first + 0.5  # the picture has a frame of one pixel
         left.add_patch(Rectangle((corner, corner), size, size, fill=False, lw=2.5, color=color))
         left.text(corner, corner - 0.8, f"{layers}: {size}x{size}", color=color, weight="bold",
                   bbox={"color": "black", "pad": 1})
     left.set_title("seen after so many convolutions")
     for ax, name, title in zip(others, ("gan-two-layers", "gan"), ("two", "three"), strict=True):
         net = gan.load_run(seeds(runs, name)[-1])
-        common.show_images(ax, gan.sample(net, gan.noise(70, net.noise_dim, 1)), 10)
+        common.show_images(ax, gan.sample(net, gan.noise(35, net.noise_dim, 1)), 7)
         ax.set_title(f"samples, {title} convolutions in D")
     Folder(RESULTS / "gan").save(fig, "sight")
 
