@@ -149,8 +149,8 @@ def add_run_flags(parser):
                        help="auto: a GPU if there is one")
 
 
-# flags that --resume may change: no training depends on them, or what they name may have moved
-FREE = {"resume", "out_dir", "data_dir", "device", "storage", "weights", "start_class", "dims"}
+# flags that --resume may change: no training depends on them
+FREE = {"resume", "out_dir", "data_dir", "device", "start_class", "dims"}
 
 
 def parse(parser, script, argv, recipes=None, fast=None, modes=None, runs=None):
@@ -185,11 +185,12 @@ def parse(parser, script, argv, recipes=None, fast=None, modes=None, runs=None):
         begun = read_config(args.resume, script)
         before = read(begun["argv"])[0]
         args, mode, defaults = read([*begun["argv"], *words])
+        moved = {flag for flag in ("storage", "weights", *runs) if getattr(before, flag, None)}
         for flag, value in vars(before).items():
-            if getattr(args, flag) != value and flag not in {*FREE, *runs}:
+            if getattr(args, flag) != value and flag not in FREE | moved:
                 parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: leave it "
                              "out, or start a new run")
-        if getattr(args, "storage", None) and "--storage" not in " ".join(words):
+        if getattr(args, "storage", None) and not any(w.startswith("--storage") for w in words):
             parser.error(f"--resume opens no study by itself: add --storage {args.storage}")
         args.argv, args.begun, args.out_dir = begun["argv"], begun, None
         args.data = begun["data"]  # what auto found when the run began
@@ -554,6 +555,8 @@ class Run:
             name = getattr(args, flag)
             if name and read_config(name, made_by)["data"] != args.data:
                 fail(f"{name} is a run on other data than {args.data}")
+            if name and not Path(name, "model.pt").is_file():
+                fail(f"the run in {name} is not finished, or made no model")
         machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
                    + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
         modules = (torch, torchvision, np, sklearn, matplotlib)
@@ -610,6 +613,8 @@ class Run:
         if self.checkpoint.exists():
             rest = load_checkpoint(self.checkpoint, things)
             self.rows, self.images, self.best = rest["rows"], rest["images"], rest["best"]
+        elif (self.folder / "metrics.json").exists():  # to train anew would destroy its numbers
+            fail(f"{self.checkpoint} of a finished run is gone: start a new one")
         if not self.history:
             print(f"{'part':{self.width}}{'epoch':>9}", *(f"{c:>12}" for c in self.columns),
                   f"{'seconds':>8}{'left':>8}")
@@ -730,7 +735,7 @@ def trained(script, name, args, flags, minutes):
         print(f"using {folder}")
         return str(folder)
     if (folder / "config.json").exists():
-        print(f"{folder} was interrupted: going on with it", flush=True)
+        print(f"{folder} is not finished: going on with it", flush=True)
         words = ["--resume", str(folder)]
     else:
         print(f"{folder} is not there yet: {shell('python', f'{script}.py', *words)} makes it, in "
@@ -838,7 +843,9 @@ def draw_latent(run, z, data, dims, numbers):
     At most 3,000 points: t-SNE takes minutes for 10,000.
     """
     z, y = z[:3000].cpu().double().numpy(), data.y_test[:3000].cpu().numpy()
-    tsne = TSNE(perplexity=min(30, (len(z) - 1) / 3), random_state=run.args.seed).fit_transform(z)
+    tsne = TSNE(perplexity=min(30, (len(z) - 1) / 3), random_state=run.args.seed,
+                init="pca" if np.ptp(z, axis=0).any() else "random"  # all alike: PCA divides by 0
+                ).fit_transform(z)
     accuracy = {name: knn_accuracy(points, y)[0] for name, points in (("z", z), ("tsne", tsne))}
     maps = {"latent": (z[:, dims], f"dimensions {dims[0]} and {dims[1]} of z",
                        [f"z[{d}]" for d in dims], "Do two dimensions tell the classes apart?"),

@@ -306,6 +306,15 @@ def test_scatter_draws_every_point_in_its_colour():
     assert np.allclose([h.get_facecolors()[0, :3] for h in handles], colors[np.arange(12) % 10])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of PCA
+def test_codes_that_are_all_alike_have_a_map(digits):
+    """t-SNE that starts from a PCA of nothing crashes Python, after the training."""
+    figures = Figures()
+    figures.args = Namespace(seed=0)
+    common.draw_latent(figures, torch.ones(360, 3), digits, [0, 1], numbers=(4, 5, 6))
+    assert set(figures) == {"fig04_latent", "fig05_pca", "fig06_tsne"}
+
+
 def test_reconstructions_are_of_the_images_that_they_are_called(digits):
     """Names under the columns that belong to other images; a class that the test set lacks."""
     y = torch.tensor([3, 11, 0, 3, 7, 5, 11])

@@ -427,6 +427,8 @@ def test_resume_refuses_other_flags(fast_run, fails):
     """A run resumed with another recipe is not the run that it says it is."""
     message = fails(2, gan.main, ["--resume", str(fast_run[1]), "--ema", "0.5"])
     assert "--ema is 0.999 in" in message
+    message = fails(2, gan.main, ["--resume", str(fast_run[1]), "--judge", "another"])
+    assert "--judge is None in" in message  # half of the epochs would have another unit
     assert "is a run of gan.py" in fails(2, vae.main, ["--resume", str(fast_run[1])])
 
 

@@ -181,8 +181,10 @@ def test_a_wrong_name_is_said_before_anything_is_trained(monkeypatch, fails):
 
 
 def test_the_judge_is_needed_for_the_training_only(two_classes, fails):
-    """A generator that cannot be loaded since its judge was renamed; a judge of other data."""
+    """A generator that cannot be loaded since its judge was renamed; a judge of other data, or an
+    unfinished one, that is refused only after hours."""
     Path("judge").mkdir()
+    Path("judge/model.pt").touch()
     config = {"script": "finetune", "argv": [], "data": "fashion"}
     Path("judge/config.json").write_text(json.dumps(config))
     main = quick_main(gan, [])
@@ -190,5 +192,7 @@ def test_the_judge_is_needed_for_the_training_only(two_classes, fails):
     assert os.listdir() == ["judge"]
     Path("judge/config.json").write_text(json.dumps({**config, "data": "digits"}))
     main([*FAST, "--judge", "judge", "--out-dir", "run"])
+    Path("judge/model.pt").unlink()
+    assert "not finished" in fails(2, main, [*FAST, "--judge", "judge", "--out-dir", "b"])
     Path("judge").rename("elsewhere")
     assert isinstance(gan.load_run("run"), gan.Generator)

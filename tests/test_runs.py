@@ -79,7 +79,7 @@ def test_the_best_weights_are_not_the_last():
     assert kept.weight.unique().tolist() == [pytest.approx(0.6)]  # where resuming would go on
 
 
-def test_resumed_equals_uninterrupted(capsys):
+def test_resumed_equals_uninterrupted(capsys, fails):
     """A part is repeated or left out, or weights, history or the best epoch are lost."""
     losses, parts = [0.3, 0.1, 0.2, 0.5, 0.7, 0.6], ("fold 1", "fold 2")
     whole = main([*CPU, "--out-dir", "whole"], losses, parts)
@@ -90,6 +90,8 @@ def test_resumed_equals_uninterrupted(capsys):
     resumed = main(["--resume", "a b"], losses[4:], parts)
     assert capsys.readouterr().err == ""
     again = main(["--resume", "a b"], [], parts)  # a finished one trains nothing
+    Path("whole/fold-2.pt").rename("whole/gone.pt")
+    assert "fold-2.pt of a finished run is gone" in fails(2, main, ["--resume", "whole"], [], parts)
     assert numbers(whole) == numbers(resumed) == numbers(again)
     assert history("whole") == history("a b") and len(history("a b")) == 6
     models = [common.load_run(folder, "ae", parse_args, build) for folder in ("whole", "a b")]
