@@ -130,9 +130,9 @@ def draw_recipes(runs):
         left.axhline(value, color="gray", lw=1, zorder=0)
         left.text(23, value, label, va="bottom", ha="center", fontsize=8)
     left.set(ylim=0, xlabel="epoch", ylabel="loss: D solid, G dashed",
-             title="At the end their losses hardly differ,")
+             title="Their losses come close,")
     right.set(yscale="log", xlabel="epoch", ylabel="Frechet distance to validation images",
-              title="but their samples do")
+              title="their samples do not")
     left.legend(loc="lower right")
     right.legend()
     Folder(RESULTS / "gan").save(fig, "recipes")
