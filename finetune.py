@@ -583,8 +583,9 @@ def train_and_test(flags, run, data, splits, start):
     folds = []
     for fold, (name, split) in enumerate(splits.items()):
         train, val = ((data.x_train[idx], data.y_train[idx]) for idx in split)
-        model, rows = fit(flags, run, f"{flags.title}, {name}", (flags.seed, fold), train, val,
-                          len(data.classes), start)
+        part = f"{flags.title}, {name}" if len(splits) > 1 else flags.title
+        model, rows = fit(flags, run, part, (flags.seed, fold), train, val, len(data.classes),
+                          start)
         logits = predict(model, data.x_test, flags.mirror)  # the one look at the test set
         loss, accuracy = loss_and_accuracy(logits, data.y_test)
         best = min(rows, key=lambda row: row["val_loss"])
