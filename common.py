@@ -235,8 +235,8 @@ SHA256 = {  # of the extracted files: torchvision only looks whether they exist
 class FashionMNIST(torchvision.datasets.FashionMNIST):
     """torchvision's, with an https source, and never from processed/*.pt of its early versions."""
 
-    mirrors = ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-               *torchvision.datasets.FashionMNIST.mirrors]
+    mirrors = ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/"
+               "master/data/fashion/", *torchvision.datasets.FashionMNIST.mirrors]
 
     def _check_legacy_exist(self):
         return False

@@ -71,7 +71,7 @@ SETTINGS = {  # of each model, by recipe; flags go before them
         "cnn": {"train": "all", "epochs": 20, "batch_size": 300, "lr": 0.0085,
                 "weight_decay": 5e-5, "augment": "report"}},
 }
-# what goes with flags that start many trainings: see ae.py
+# what goes with flags that start many trainings: see common.Mode
 MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder"), defaults={"epochs": 10}),
          "transfer": common.Mode(takes=("epochs",), defaults={"epochs": 3})}
 

@@ -53,7 +53,7 @@ RECIPES = {
 }
 # seeds of noise. They do not follow --seed, so that two runs show the same vectors
 VAL_NOISE, FIGURE_NOISE, WALK_NOISE, TEST_NOISE, COMPARE_NOISE = 0, 1, 2, 3, (10, 11, 12)
-# what goes with flags that start many trainings: see ae.py
+# what goes with flags that start many trainings: see common.Mode
 MODES = {
     "ablate": common.Mode(takes=("recipe", "judge", "epochs", "batch_size"),
                           defaults={"epochs": 3}),

@@ -33,7 +33,7 @@ RECIPES = {
     # report flips its images; it gives no rate, batch or epochs
     "report": {"sigma": math.sqrt(0.5), "augment": "flip"},
 }
-# what goes with flags that start many trainings: see ae.py
+# what goes with flags that start many trainings: see common.Mode
 MODES = {"sweep": common.Mode(takes=(
     "beta", "latent_dim", "hidden", "filters", "decoder_filters", "sigma", "start_class", "dims",
     "epochs", "lr", "batch_size", "augment", "recipe"))}
@@ -268,10 +268,10 @@ def reconstruct(model, x):
 def evaluate(model, x, beta):
     """Means over all of x: mse per pixel at z = mu; loss, kl and elbo in nats per image.
 
-    Also kl_per_dim, a list; active_units, the number of latents whose mu varies over the images by
-    more than 0.01 (Burda et al., arXiv 1509.00519); total_correlation in nats, how far the latents
-    are from independent of each other, if z were Gaussian. The noise is the same in each call, from
-    a generator of its own: evaluating does not change the training.
+    Also beta as given; kl_per_dim, a list; active_units, the number of latents whose mu varies over
+    the images by more than 0.01 (Burda et al., arXiv 1509.00519); total_correlation in nats, how
+    far the latents are from independent of each other, if z were Gaussian. The noise is the same in
+    each call, from a generator of its own: evaluating does not change the training.
     """
     mu, logvar = encode(model, x)
     z = reparameterize(mu, logvar, torch.Generator().manual_seed(0))

@@ -76,6 +76,13 @@ def fashion(tmp_path, monkeypatch):
     return raw
 
 
+class Evil:
+    """In a pickle it runs code: a folder "executed" appears."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
 def pack(content):
     """The .gz of these bytes, the same at any time."""
     return gzip.compress(content, mtime=0)

@@ -126,6 +126,9 @@ def test_compare(two_classes, monkeypatch, capsys):
     calls, compare = [], gan.main
     for script in (ae, vae, gan):
         monkeypatch.setattr(script, "main", quick_main(script, calls))
+    judged, judge_images = [], gan.judge_images
+    monkeypatch.setattr(gan, "judge_images", lambda *args: judged.append(
+        judge_images(*args)) or judged[-1])
     result = compare([*FAST, "--compare", "--seed", "3", "--out-dir", "board"])
     assert [name for name, _ in calls] == ["ae", "vae", "gan", "gan"]
     assert [args.recipe for _, args in calls[2:]] == ["best", "report"]
@@ -133,6 +136,10 @@ def test_compare(two_classes, monkeypatch, capsys):
                for _, args in calls)
     rows = result["generators"]
     assert len(rows) == 9 and os.path.exists("board/generators.png")
+    for i, row in enumerate(rows.values()):  # means over three sets, not one of them
+        for key in ("frechet", "two_sample", "class_coverage"):
+            assert row[key] == pytest.approx(torch.tensor(
+                [numbers[key] for numbers in judged[i:27:9]]).mean(0).tolist(), rel=1e-5)
     assert all(row["frechet_std"] > 0 for row in rows.values())
     for name in ("AE, Gaussian", "VAE, 50 Gaussians"):  # not one set of codes, three times
         assert rows[name]["frechet_std"] > 1e-8 * rows[name]["frechet"]

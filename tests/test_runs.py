@@ -12,7 +12,7 @@ from pathlib import Path
 import common
 import pytest
 import torch
-from conftest import history, numbers
+from conftest import Evil, history, numbers
 from test_common import CPU, parse_args, read_once  # noqa: F401
 
 
@@ -181,11 +181,6 @@ def test_a_loss_that_is_not_finite_ends_the_training(fails):
         assert len(rows) == len(history(name)) == 1 and model.weight.isfinite().all()
     message = fails(1, common.start, lambda: main([*CPU], [float("nan")]))
     assert "val_loss is nan after epoch 1" in message and "--lr" in message
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "bit flip", "text", "poisoned",

@@ -1,19 +1,14 @@
 """finetune.py, ImageNet's weights: each test names the bug that it would catch."""
 # ruff: noqa: F811 (a fixture is imported, and then named as an argument)
 
-import os
 from pathlib import Path
 
 import finetune
 import pytest
 import torch
 import torchvision
+from conftest import Evil
 from test_finetune import FAST, digits, encoder, few, fewer, no_figures  # noqa: F401
-
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize("content", ["poisoned", "resnet34", "text", "passwd", "list",
