@@ -43,13 +43,16 @@ RECIPES = {
     "first": {"latent_dim": 100, "hidden": 100, "lr": 0.001, "batch_size": 64, "dropout": 0.5,
               "epochs": 10, "schedule": "constant", "augment": "flip"},
 }
+# flags that start many trainings instead of one, and all others that go with them
+MODES = {"tune": ("storage", "price", "epochs"),
+         "ablate": ("latent_dim", "hidden", "filters", "decoder_filters", "schedule", "epochs",
+                    "lr", "batch_size", "augment", "recipe")}
 
 
-# flags that start many trainings instead of one, and which others go with them: see common.Mode
-MODES = {"tune": common.Mode(own=("storage", "price"), takes=("epochs",), defaults={"epochs": 5}),
-         "ablate": common.Mode(takes=(
-             "latent_dim", "hidden", "filters", "decoder_filters", "schedule", "epochs", "lr",
-             "batch_size", "augment", "recipe"), defaults={"epochs": 5})}
+def defaults(args):
+    """The defaults that other flags change."""
+    few = 3 if args.fast else 5 if args.tune or args.ablate else None
+    return RECIPES[args.recipe] | ({"epochs": few} if few else {})
 
 
 def parse_args(argv=None):
@@ -93,7 +96,10 @@ def parse_args(argv=None):
     group.add_argument("--price", type=number(float, 0, 1), default=5e-5,
                        help="MSE that a latent dimension must save to be worth having")
     common.add_run_flags(parser)
-    return common.parse(parser, "ae", argv, RECIPES, fast={"epochs": 3}, modes=MODES)
+    args = common.parse(parser, "ae", argv, defaults, MODES)
+    if not args.tune and (args.storage or args.price != parser.get_default("price")):
+        parser.error("--storage and --price go only with --tune")
+    return args
 
 
 # --------------------------------------------------------------------------- model

@@ -91,14 +91,6 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see {self.prog} --help)")
 
 
-class Mode(NamedTuple):
-    """A flag that starts many trainings instead of one, and how the other flags go with it."""
-
-    own: tuple = ()     # flags that mean nothing without it
-    takes: tuple = ()   # others that may go with it; any other is refused, it would do nothing
-    defaults: dict = {}
-
-
 def number(kind, low, high):
     """An argparse type: an int or a float between low and high; nan and inf are refused."""
     def convert(text):
@@ -149,63 +141,52 @@ def add_run_flags(parser):
                        help="auto: a GPU if there is one")
 
 
-# flags that --resume may change: no training depends on them
+RUN_FLAGS = {"fast", "seed", "data", "data_dir", "device", "resume", "out_dir"}
+# --resume may change these: no training depends on them
 FREE = {"resume", "out_dir", "data_dir", "device", "start_class", "dims"}
 
 
-def parse(parser, script, argv, recipes=None, fast=None, modes=None, runs=None):
-    """The flags as a Namespace. An explicit one wins over fast's, those over mode's and recipe's.
+def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None):
+    """The flags as a Namespace.
 
-    recipes: {name: {flag: default}}; fast: {flag: default}; modes: {flag: Mode}; runs: {flag that
-    names a run: the script that makes such runs}. --resume DIR parses the words that began that
-    run, then the new ones: ranges are checked anew, what would change the training is refused.
+    defaults: a function of the flags that returns {flag: default} for those that a recipe, a mode
+    or --fast changes. modes: {flag that starts many trainings: all flags that go with it}. runs:
+    {flag that names a run: the script that makes such runs}. --resume DIR parses the words that
+    began that run, then the new ones: ranges are checked anew, a change of the training is refused.
     """
-    recipes, fast, modes, runs = recipes or {"best": {}}, fast or {}, modes or {}, runs or {}
     plain = vars(parser.parse_args([]))
 
-    def read(words):  # twice: the first pass finds recipe, mode and --fast, which set the defaults
+    def read(words):  # twice: the defaults are known only when a recipe, a mode or --fast is
         parser.set_defaults(**plain)
+        parser.set_defaults(**defaults(parser.parse_args(words)))
         args = parser.parse_args(words)
-        mode = next((m for m in modes if getattr(args, m)), None)
-        defaults = recipes[getattr(args, "recipe", "best")] | (
-            modes[mode].defaults if mode else {}) | (fast if args.fast else {})
-        parser.set_defaults(**defaults)
-        args = parser.parse_args(words)
-        empty = [flag for flag, value in vars(args).items() if value == ""]
-        if empty:  # an unset variable in a shell
-            parser.error(f"--{empty[0].replace('_', '-')} is empty")
-        return args, mode, {**plain, **defaults}
+        for flag, value in vars(args).items():
+            if value == "":  # an unset variable in a shell
+                parser.error(f"--{flag.replace('_', '-')} is empty")
+        return args
 
     words = sys.argv[1:] if argv is None else list(argv)
-    args, mode, defaults = read(words)
-    args.argv, args.begun = words, None  # begun: config.json of the run that --resume goes on with
+    args = read(words)
+    begun = None  # config.json of the run that --resume goes on with
     if args.resume:
         if args.out_dir:
             parser.error("--resume goes on in its own folder: leave --out-dir out")
         begun = read_config(args.resume, script)
-        before = read(begun["argv"])[0]
-        args, mode, defaults = read([*begun["argv"], *words])
-        moved = {flag for flag in ("storage", "weights", *runs) if getattr(before, flag, None)}
+        before, args = read(begun["argv"]), read([*begun["argv"], *words])
+        moved = {flag for flag in ("storage", "weights", *(runs or {})) if getattr(before, flag, 0)}
         for flag, value in vars(before).items():
             if getattr(args, flag) != value and flag not in FREE | moved:
                 parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: leave it "
                              "out, or start a new run")
-        if getattr(args, "storage", None) and not any(w.startswith("--storage") for w in words):
-            parser.error(f"--resume opens no study by itself: add --storage {args.storage}")
-        args.argv, args.begun, args.out_dir = begun["argv"], begun, None
+        words, args.out_dir = begun["argv"], None
         args.data = begun["data"]  # what auto found when the run began
 
-    changed = {flag for flag, value in vars(args).items()
-               if flag in plain and value != defaults[flag]}
-    shared = {"fast", "seed", "data", "data_dir", "device", "resume", "out_dir"}
-    for name, (own, takes, _) in modes.items():
-        others = changed & {*own} if name != mode else changed - {*own, *takes, *shared, name}
-        for flag in sorted(others):
-            parser.error(f"--{flag.replace('_', '-')} "
-                         f"{'does not go' if name == mode else 'goes only'} with --{name}")
-    args.device, args.runs = pick_device(args.device), runs
-    args.script, args.typed = script, argv is None  # typed: not called by another script
-    return args
+    changed = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
+    for mode, takes in (modes or {}).items():
+        for flag in sorted(changed - {mode, *takes, *RUN_FLAGS}) if getattr(args, mode) else ():
+            parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
+    return with_flags(args, device=pick_device(args.device), argv=words, begun=begun, script=script,
+                      runs=runs or {}, typed=argv is None)  # typed: not called by another script
 
 
 def with_flags(args, **flags):

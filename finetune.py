@@ -71,9 +71,13 @@ SETTINGS = {  # of each model, by recipe; flags go before them
         "cnn": {"train": "all", "epochs": 20, "batch_size": 300, "lr": 0.0085,
                 "weight_decay": 5e-5, "augment": "report"}},
 }
-# what goes with flags that start many trainings: see common.Mode
-MODES = {"labels": common.Mode(takes=("epochs", "batch_size", "encoder"), defaults={"epochs": 10}),
-         "transfer": common.Mode(takes=("epochs",), defaults={"epochs": 3})}
+# flags that start many trainings instead of one, and all others that go with them
+MODES = {"labels": ("epochs", "batch_size", "encoder"), "transfer": ("epochs",)}
+
+
+def defaults(args):
+    """The epochs where no flag says otherwise; None: those of the model's SETTINGS."""
+    return {"epochs": 2 if args.fast else 10 if args.labels else 3 if args.transfer else None}
 
 
 def parse_args(argv=None):
@@ -106,8 +110,7 @@ def parse_args(argv=None):
     common.add_training_flags(parser, SETTINGS, epochs=None, batch_size=None, lr=None, augment=None)
     common.add_run_flags(parser)
     parser.epilog = "--epochs, --batch-size, --lr, --augment: without them see SETTINGS"
-    args = common.parse(parser, "finetune", argv, recipes={name: {} for name in SETTINGS},
-                        fast={"epochs": 2}, modes=MODES, runs={"encoder": "ae"})
+    args = common.parse(parser, "finetune", argv, defaults, MODES, runs={"encoder": "ae"})
     for flag, models in {"train": ("all", "ae", "resnet18", "resnet18-random"),
                          "scratch": ("all", "ae"), "encoder": ("all", "ae"),
                          "weights": ("all", "resnet18")}.items():

@@ -53,11 +53,14 @@ RECIPES = {
 }
 # seeds of noise. They do not follow --seed, so that two runs show the same vectors
 VAL_NOISE, FIGURE_NOISE, WALK_NOISE, TEST_NOISE, COMPARE_NOISE = 0, 1, 2, 3, (10, 11, 12)
-# what goes with flags that start many trainings: see common.Mode
-MODES = {
-    "ablate": common.Mode(takes=("recipe", "judge", "epochs", "batch_size"),
-                          defaults={"epochs": 3}),
-    "compare": common.Mode(own=("ae", "vae", "gan", "gan_report"), takes=("judge",))}
+# flags that start many trainings instead of one, and all others that go with them
+MODES = {"ablate": ("recipe", "judge", "epochs", "batch_size"),
+         "compare": ("ae", "vae", "gan", "gan_report", "judge")}
+
+
+def defaults(args):
+    """The defaults that other flags change."""
+    return RECIPES[args.recipe] | ({"epochs": 3} if args.ablate or args.fast else {})
 
 
 def parse_args(argv=None):
@@ -103,9 +106,10 @@ def parse_args(argv=None):
                        help="the run of finetune.py whose CNN judges the samples; without it that "
                             "of `finetune.py --model cnn --epochs 8`, made first if need be")
     common.add_run_flags(parser)
-    args = common.parse(parser, "gan", argv, RECIPES, fast={"epochs": 3}, modes=MODES,
-                        runs={"ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan",
-                              "judge": "finetune"})
+    args = common.parse(parser, "gan", argv, defaults, MODES, runs={
+        "ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan", "judge": "finetune"})
+    if not args.compare and (args.ae or args.vae or args.gan or args.gan_report):
+        parser.error("--ae, --vae, --gan and --gan-report go only with --compare")
     if len(args.d_filters) > 4:
         parser.error("--d-filters: four convolutions at most, each halves the 28 pixels")
     return args

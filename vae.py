@@ -33,10 +33,14 @@ RECIPES = {
     # report flips its images; it gives no rate, batch or epochs
     "report": {"sigma": math.sqrt(0.5), "augment": "flip"},
 }
-# what goes with flags that start many trainings: see common.Mode
-MODES = {"sweep": common.Mode(takes=(
-    "beta", "latent_dim", "hidden", "filters", "decoder_filters", "sigma", "start_class", "dims",
-    "epochs", "lr", "batch_size", "augment", "recipe"))}
+# a flag that starts many trainings instead of one, and all others that go with it
+MODES = {"sweep": ("beta", "latent_dim", "hidden", "filters", "decoder_filters", "sigma",
+                   "start_class", "dims", "epochs", "lr", "batch_size", "augment", "recipe")}
+
+
+def defaults(args):
+    """The defaults that other flags change."""
+    return RECIPES[args.recipe] | ({"epochs": 3} if args.fast else {})
 
 
 def parse_args(argv=None):
@@ -66,7 +70,7 @@ def parse_args(argv=None):
     group.add_argument("--dims", type=number(int, 0, 783), nargs=2, metavar="D",
                        help="dimensions to traverse, from 0; without it those with the largest KL")
     common.add_run_flags(parser)
-    args = common.parse(parser, "vae", argv, RECIPES, fast={"epochs": 3}, modes=MODES)
+    args = common.parse(parser, "vae", argv, defaults, MODES)
     if args.dims and max(args.dims) >= args.latent_dim:
         parser.error(f"--dims {max(args.dims)}: z has dimensions 0 to {args.latent_dim - 1}")
     return args
