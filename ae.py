@@ -11,7 +11,7 @@ Section 1 of the report: a convolutional autoencoder, its loss, its latent space
     python ae.py --fast                 smoke test in seconds
 
 FashionMNIST test images (results/ae*): MSE .0106 +- .0001 over 5 folds with 29,207 parameters;
-PCA with as many components has .0139, --recipe report .0138; --recipe first .0368, because of its
+PCA with 38 components has .0139, --recipe report .0138; --recipe first .0368, because of its
 dropout. 25 epochs take about 9 minutes on one core. Each run writes to a new folder in runs/.
 """
 
@@ -39,20 +39,20 @@ RECIPES = {
     # the report says nothing of a schedule or of epochs
     "report": {**REPORT, "schedule": "constant", "augment": "flip"},
     # the report's first training. Only the latent size is known: the dropout is nn.Dropout()'s
-    # default, the rate Adam's; width, batch and epochs are a guess
+    # default, the learning rate Adam's; width, batch and epochs are a guess
     "first": {"latent_dim": 100, "hidden": 100, "lr": 0.001, "batch_size": 64, "dropout": 0.5,
               "epochs": 10, "schedule": "constant", "augment": "flip"},
 }
-# flags that start many trainings instead of one, and all others that go with them
+# flags that start many trainings instead of one: which others they take, beside those of every run
 MODES = {"tune": ("storage", "price", "epochs"),
          "ablate": ("latent_dim", "hidden", "filters", "decoder_filters", "schedule", "epochs",
                     "lr", "batch_size", "augment", "recipe")}
 
 
 def defaults(args):
-    """The defaults that other flags change."""
-    few = 3 if args.fast else 5 if args.tune or args.ablate else None
-    return RECIPES[args.recipe] | ({"epochs": few} if few else {})
+    """The defaults that these flags change, {flag: value}; common.parse asks for them."""
+    few = {"epochs": 3} if args.fast else {"epochs": 5} if args.tune or args.ablate else {}
+    return RECIPES[args.recipe] | few
 
 
 def parse_args(argv=None):
@@ -95,7 +95,6 @@ def parse_args(argv=None):
                             "study.journal in the run's folder")
     group.add_argument("--price", type=number(float, 0, 1), default=5e-5,
                        help="MSE that a latent dimension must save to be worth having")
-    common.add_run_flags(parser)
     args = common.parse(parser, "ae", argv, defaults, MODES)
     if not args.tune and (args.storage or args.price != parser.get_default("price")):
         parser.error("--storage and --price go only with --tune")
@@ -192,7 +191,7 @@ def train_epoch(model, x, optimizer, schedule, args, rng):
     """One pass over x (N, 1, 28, 28); returns the mean loss, MSE per pixel plus any penalty."""
     model.train()
     total = 0.0
-    for idx in common.batches(len(x), args.batch_size, rng, x.device):
+    for idx in common.batches(x, args.batch_size, rng):
         batch = common.augment(x[idx], args.augment, rng)
 
         recon_x = model(batch)
@@ -233,6 +232,7 @@ def fit(args, run, part, seeds, x_train, x_val):
     common.seed_everything(*seeds)
     model = build(args)
     optimizer, schedule = make_optimizer(model, args, len(x_train))
+    # 1; of an interrupted run the next epoch, and all three are given back what they had learned
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
@@ -240,7 +240,7 @@ def fit(args, run, part, seeds, x_train, x_val):
         val_mse = evaluate(model, x_val)
         run.end_epoch(score=val_mse,
                       train_loss=train_loss,  # on the way: dropout on, penalty added
-                      train_mse=evaluate(model, x_train[:len(x_val)]),  # to compare with val_mse
+                      train_mse=evaluate(model, x_train[:len(x_val)]),  # of as many as x_val has
                       val_mse=val_mse)
     run.load_best(model)
     return model, run.rows
@@ -276,7 +276,8 @@ def draw_maps(run, name, maps, columns, title, caption, cmap="viridis", symmetri
 
     The scale ends at the 99.5th percentile: a few outliers would leave all the rest dark.
     """
-    grid = make_grid(maps.cpu()[:, None], nrow=columns, padding=1, pad_value=float("nan"))[0]
+    grid = make_grid(maps.cpu()[:, None], nrow=columns, padding=1, pad_value=float("nan"))
+    grid = grid[0]  # make_grid repeats what is grey for red, green and blue
     height, width = grid.shape
     top = maps.abs().quantile(0.995).item()
     fig = Figure(figsize=(9, 1.2 + 8 * height / width), layout="constrained")
@@ -295,23 +296,24 @@ def draw_kernels(run, model, data_name):
               "decoder_conv1": decoder.block1[0], "decoder_conv2": decoder.block2[0],
               "decoder_conv3": decoder.out}
     for number, (name, layer) in enumerate(layers.items(), start=7):
-        w = layer.weight.detach()
-        sides = ["out", "in"] if isinstance(layer, nn.Conv2d) else ["in", "out"]  # as stored
-        if w.shape[0] > w.shape[1]:
-            w, sides = w.transpose(0, 1), sides[::-1]  # lying down it fits the page
+        w = layer.weight.detach()  # (out, in, H, W); of a ConvTranspose2d (in, out, H, W)
+        rows, columns = ("out", "in") if isinstance(layer, nn.Conv2d) else ("in", "out")
+        if w.shape[0] > w.shape[1]:  # wider than high it fits the page
+            w, rows, columns = w.transpose(0, 1), columns, rows
         draw_maps(run, f"fig{number:02d}_{name}_kernels", w.flatten(0, 1), w.shape[1],
-                  f"{data_name}, kernels of {name}: a row for each map {sides[0]}, a column for "
-                  f"each map {sides[1]}", "Red adds, blue subtracts: a kernel with a red and a "
+                  f"{data_name}, kernels of {name}: a row for each map {rows}, a column for "
+                  f"each map {columns}", "Red adds, blue subtracts: a kernel with a red and a "
                   "blue side answers to an edge.", cmap="RdBu_r", symmetric=True)
 
 
 @torch.no_grad()
 def draw_activations(run, model, data):
-    """Figures 12 to 15: what each block makes of one pullover (digits: of one 2); all as one."""
+    """Figures 12 to 15: what each block makes of one pullover (digits: of one 2); all in one."""
     model.eval()
     encoder, decoder = model.encoder, model.decoder
-    shown = min(2, len(data.classes) - 1)
-    x = data.x_test[data.y_test == shown][:1]  # (1, 1, 28, 28)
+    there = data.y_test.unique().tolist()
+    pullover = there[min(2, len(there) - 1)]  # class 2, if there are so many
+    x = data.x_test[data.y_test == pullover][:1]  # (1, 1, 28, 28)
     x1 = encoder.block1(x)
     x2 = encoder.block2(x1)
     z = encoder.linear(x2)
@@ -320,7 +322,7 @@ def draw_activations(run, model, data):
     names = ("encoder_block1", "encoder_block2", "decoder_block1", "decoder_block2")
     for number, (name, maps) in enumerate(zip(names, (x1, x2, x3, x4), strict=True), start=12):
         draw_maps(run, f"fig{number}_{name}_activations", maps[0], 8,
-                  f"{data.name}, a test {data.classes[shown]}: activations after {name}, "
+                  f"{data.name}, a test {data.classes[pullover]}: activations after {name}, "
                   f"{maps.shape[1]} maps of {maps.shape[2]}x{maps.shape[3]}",
                   "Can you still see what it is? What does each map answer to?")
 
@@ -344,8 +346,8 @@ def draw_activations(run, model, data):
                 size = f"{min(10, len(maps))} of {len(maps)}: {size}"
         ax.set(xticks=[], yticks=[], frame_on=False)
         ax.set_ylabel(f"{label}\n{size}", rotation=0, ha="right", va="center")
-    fig.suptitle(f"{data.name}, a test {data.classes[shown]}: 784 pixels to {z.shape[1]} numbers "
-                 "and back")
+    fig.suptitle(f"{data.name}, a test {data.classes[pullover]}: 784 pixels to {z.shape[1]} "
+                 "numbers and back")
     run.save(fig, "journey", "Where does the picture stop being one, and where is it one again?")
 
 
@@ -355,8 +357,8 @@ def draw_activations(run, model, data):
 def suggest(trial):
     """The search space: a point in it as {flag: value}.
 
-    --hidden stays at 38, so that no point exceeds the report's 29,716 parameters. Values have two
-    digits, so that the command printed at the end trains exactly what was tried.
+    --hidden stays at 38, so that no network exceeds the report's 29,716 parameters. Values are
+    rounded to two digits, so that the command printed at the end trains exactly what was tried.
     """
     values = {"latent_dim": trial.suggest_int("latent_dim", 4, 38),
               "batch_size": trial.suggest_int("batch_size", 32, 128, step=16),
@@ -366,20 +368,23 @@ def suggest(trial):
     return {k: v if isinstance(v, int) else float(f"{v:.2g}") for k, v in values.items()}
 
 
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)  # FAIL: a cost of nan
+
+
 def open_study(args, where):
     """The study in a journal file or a database, new or there already."""
-    storage = where if "://" in where else optuna.storages.JournalStorage(
-        JournalFileBackend(where, JournalFileOpenLock(where)))
+    storage = where
+    if "://" not in where:  # no database
+        storage = optuna.storages.JournalStorage(
+            JournalFileBackend(where, JournalFileOpenLock(where)))
     # what is worse than the median ends early, but not before the rate has passed its peak
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=math.ceil(args.epochs / 2))
     # costs compare only within a study of the same settings, so its name tells them
-    name = (f"ae-{args.data}{'-fast' * args.fast}-seed{args.seed}-epochs{args.epochs}"
+    name = (f"ae-{args.data}{'-fast' if args.fast else ''}-seed{args.seed}-epochs{args.epochs}"
             f"-price{args.price}")
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
                                 direction="minimize", pruner=pruner)
-    if not any(t.state in (TrialState.COMPLETE, TrialState.WAITING) and t.user_attrs.get("report")
-               for t in study.trials):
-        study.enqueue_trial(REPORT, user_attrs={"report": True})
+    study.enqueue_trial(REPORT, user_attrs={"report": True}, skip_if_exists=True)
     return study
 
 
@@ -389,8 +394,9 @@ def tune(args, data):
     The cost is the validation MSE after a short training plus --price for each latent dimension.
     MSE alone always prefers more dimensions, and 38 may well be where the report's search ended
     for that reason; MSE divided by PCA's prefers the fewest. So each dimension costs --price. No
-    data can tell what a dimension is worth; whoever uses the code decides. Of 20 trials the first
-    ten are the report's values and random points, only then TPE chooses.
+    data can tell what a dimension is worth; whoever uses the code decides. The first ten trials are
+    the report's values and random points; then TPE, Optuna's usual method, tries what is likely to
+    be good after those before it.
     """
     train_idx, val_idx = common.split(data.y_train, args.seed)
     x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]  # all that a trial sees
@@ -399,10 +405,11 @@ def tune(args, data):
     where = args.storage or str(run.folder / "study.journal")
     try:
         study = open_study(args, where)
-    except Exception as error:  # each kind of storage has its own
+    except Exception as error:  # each kind of storage raises its own
         common.fail(f"cannot keep a study in {where} ({type(error).__name__}: {error})")
 
-    def objective(trial):
+    while len(study.get_trials(states=FINISHED)) < args.tune:
+        trial = study.ask()
         # all draws follow from the seed and the trial's number: with one seed for all, workers
         # that start together and searches that go on would try the same points
         rng = common.seed_everything(args.seed, trial.number)  # of the first weights too
@@ -413,45 +420,43 @@ def tune(args, data):
         flags = common.with_flags(args, **values)
         model = build(flags)
         optimizer, schedule = make_optimizer(model, flags, len(x_train))
+        state = TrialState.COMPLETE
         for epoch in range(1, args.epochs + 1):  # as in fit, but Optuna looks on
             rng = common.seed_everything(args.seed, trial.number, epoch)
             train_epoch(model, x_train, optimizer, schedule, flags, rng)
             cost = evaluate(model, x_val) + args.price * flags.latent_dim
+            if not math.isfinite(cost):
+                state = TrialState.FAIL
+                break
             trial.report(cost, epoch)
             if trial.should_prune():
-                raise optuna.TrialPruned
-        return cost  # Optuna counts a trial that ends with nan as failed
-
-    finished = (TrialState.COMPLETE, TrialState.PRUNED)
-
-    def print_trial(study, trial):
-        print(f"trial {trial.number}: {trial.state.name.lower()}, "
-              f"{len(study.get_trials(states=finished))} of {args.tune} finished", flush=True)
-
-    if len(study.get_trials(states=finished)) < args.tune:
-        study.optimize(objective, n_trials=10 * args.tune,  # an end even if all fail
-                       callbacks=[print_trial, optuna.study.MaxTrialsCallback(
-                           args.tune, states=finished)])
+                state = TrialState.PRUNED
+                break
+        study.tell(trial, cost if state == TrialState.COMPLETE else None, state)
+        print(f"trial {trial.number}: {state.name.lower()}, "
+              f"{len(study.get_trials(states=FINISHED))} of {args.tune} finished", flush=True)
     return finish_search(args, run, study, data.name)
 
 
 def finish_search(args, run, study, data_name):
-    """The table of trials, their picture, the command that trains with the best values."""
-    rows = [{"trial": t.number, "state": t.state.name.lower(), **t.user_attrs["values"],
-             "epochs": len(t.intermediate_values), "cost": t.value,
-             "val_mse": t.value and t.value - args.price * t.user_attrs["values"]["latent_dim"],
-             "report": t.user_attrs.get("report", False)}
-            for t in study.trials if "values" in t.user_attrs]
+    """The table of trials and their picture, with the best command; returns the metrics."""
+    rows = []
+    for trial in study.get_trials(states=FINISHED):
+        values, cost = trial.user_attrs["values"], trial.value  # None if it failed
+        rows.append({"trial": trial.number, "state": trial.state.name.lower(), **values,
+                     "epochs": len(trial.intermediate_values), "cost": cost,
+                     "val_mse": cost and cost - args.price * values["latent_dim"],
+                     "report": trial.user_attrs.get("report", False)})
     rows.sort(key=lambda row: (row["state"] != "complete", row["cost"] or math.inf))
-    if not rows or rows[0]["state"] != "complete":
+    if rows[0]["state"] != "complete":
         common.fail("not one trial was completed", status=1)
     best = {k: v for k, v in rows[0].items() if k not in ("state", "epochs", "report")}
     best["command"] = "python ae.py " + " ".join(
         f"--{name.replace('_', '-')} {best[name]}" for name in REPORT)
     draw_search(run, rows, data_name)
+    table = common.table([list(rows[0]), *(list(row.values()) for row in rows)])
     return run.finish({"best": best, "trials": rows}, [
-        *common.table([list(rows[0]), *(list(row.values()) for row in rows)]), "",
-        f"train with the best values: {best['command']} --data {args.data}"])
+        *table, "", f"train with the best values: {best['command']} --data {args.data}"])
 
 
 def draw_search(run, rows, data_name):
@@ -471,15 +476,16 @@ def draw_search(run, rows, data_name):
         ax.grid(alpha=0.3)
     fig.axes[0].set_ylabel("cost: validation MSE + price")
     fig.axes[0].yaxis.set_minor_formatter("{x:.3f}")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right center")
     fig.suptitle(f"{data_name}: which value makes a trial good? Pruned ones ended early")
     run.save(fig, "search", "Which of the values decides the cost, and which does not matter?")
 
 
 # --------------------------------------------------------------------------- ablation
 
-# what each changes; the factors and the rate of SGD are the best of a few tried. It is so high
-# because the gradients are small: the loss is a mean over 784 pixels. Adam divides by their size
+# what each changes; the factors and SGD's learning rate are the best of a few tried. That rate is
+# so high because gradients are small, the loss being a mean over 784 pixels; Adam divides by their
+# size
 VARIANTS = {
     "baseline": {},
     "no batch norm": {"batchnorm": False},
@@ -493,34 +499,34 @@ VARIANTS = {
 def ablate(args, data, seeds=3):
     """Train every variant with every seed, all equally long; returns the metrics.
 
-    On validation data: which regulariser to take is a choice (and its factor was one, so the best
-    may look a little too good). Where train_mse and val_mse hardly differ, as here, a regulariser
-    has nothing to win. The variants share each seed's split, weights and batches, so their
-    differences spread less than their values.
+    On validation data: which regulariser to take is a choice. (Its factor was chosen on the same
+    images, so the best may look a little too good.) Where train_mse and val_mse hardly differ, as
+    here, a regulariser has nothing to win. The variants share each seed's split, weights and
+    batches, so their differences spread less than their values.
     """
     run = common.Run(args, data, columns=("train_loss", "train_mse", "val_mse"))
     ablation = {}
     for name, flags in VARIANTS.items():
-        ends = []  # the last epoch of each seed
+        last = []  # epoch of each seed
         for seed in range(args.seed, args.seed + seeds):
             train_idx, val_idx = common.split(data.y_train, seed)
             _, rows = fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}", (seed, 0),
                           data.x_train[train_idx], data.x_train[val_idx])
-            ends.append(rows[-1])
-        each = [row["val_mse"] for row in ends]
-        if name == "baseline":
-            baseline = each
-        extra = [a - b for a, b in zip(each, baseline, strict=True)]
+            last.append(rows[-1])
+        each = [row["val_mse"] for row in last]
+        baseline = ablation["baseline"]["each"] if ablation else each
+        differences = [a - b for a, b in zip(each, baseline, strict=True)]
         ablation[name] = {
             "variant": name, "val_mse": statistics.mean(each), "std": statistics.stdev(each),
-            "difference": statistics.mean(extra), "difference_std": statistics.stdev(extra),
-            "train_mse": statistics.mean(row["train_mse"] for row in ends),
+            "difference": statistics.mean(differences),
+            "difference_std": statistics.stdev(differences),
+            "train_mse": statistics.mean(row["train_mse"] for row in last),
             "each": each, "flags": flags}
     common.draw_ablation(run, {name: row["each"] for name, row in ablation.items()},
                          "validation MSE per pixel", f"{data.name}, {args.epochs} epochs each")
-    shown = ("variant", "val_mse", "std", "difference", "difference_std", "train_mse")
-    return run.finish({"ablation": ablation}, common.table([
-        shown, *([row[k] for k in shown] for row in ablation.values())]))
+    columns = ("variant", "val_mse", "std", "difference", "difference_std", "train_mse")
+    rows = [[row[column] for column in columns] for row in ablation.values()]
+    return run.finish({"ablation": ablation}, common.table([columns, *rows]))
 
 
 # --------------------------------------------------------------------------- main
@@ -537,13 +543,13 @@ def main(argv=None):
     run = common.Run(args, data, columns=("train_loss", "train_mse", "val_mse"))
     folds = []
     splits = common.splits(data.y_train, args.folds, args.seed)
-    for fold, (name, split) in enumerate(splits.items()):
-        x_train, x_val = (data.x_train[idx] for idx in split)
+    for fold, (name, (train_idx, val_idx)) in enumerate(splits.items()):
+        x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]
         model, rows = fit(args, run, name, (args.seed, fold), x_train, x_val)
         folds.append({"val_mse": evaluate(model, x_val),
                       "test_mse": evaluate(model, data.x_test)})  # the one look at the test set
 
-    # figures and the other numbers are those of the last fold
+    # figures and the other numbers are those of the last fold: model, rows, x_train
     recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
     figure = "fig01" if args.recipe == "first" else "fig02"
     common.draw_reconstructions(run, f"{figure}_reconstructions", data, {

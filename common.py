@@ -1,8 +1,9 @@
 """What the scripts share: flags, data, splits, seeds, augmentation, the run's folder, plotting.
 
-Worth reading are `seed_everything`, `splits`, `batches`, `augment` and `pca_reconstruct`; the rest
-is machinery. Exit status of every script: 0 done, 1 the training failed (a loss that is not finite,
-a full disk), 2 wrong input, 130 interrupted; each but the first with one line on stderr.
+Worth reading are `seed_everything`, `splits`, `batches`, `augment` and `pca_reconstruct`. The rest
+is machinery: of it a training calls `Run.begin` before its first epoch, `Run.end_epoch` after each
+and `Run.load_best` at the end. Exit status of every script: 0 done, 1 the training failed (a loss
+that is not finite, a full disk), 2 wrong input, 130 interrupted, with one line on stderr.
 """
 
 import argparse
@@ -25,9 +26,6 @@ import subprocess
 import sys
 import time
 import zipfile
-import zlib
-from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +121,7 @@ def add_training_flags(parser, recipes, folds=True, **defaults):
 
 
 def add_run_flags(parser):
-    """The flags of every script."""
+    """The flags of every script; called by parse()."""
     group = parser.add_argument_group("run")
     group.add_argument("--fast", action="store_true",
                        help="smoke test: the real code, few images and steps, no download")
@@ -141,25 +139,26 @@ def add_run_flags(parser):
                        help="auto: a GPU if there is one")
 
 
-RUN_FLAGS = {"fast", "seed", "data", "data_dir", "device", "resume", "out_dir"}
-# --resume may change these: no training depends on them
+# flags that --resume may change: no training depends on them
 FREE = {"resume", "out_dir", "data_dir", "device", "start_class", "dims"}
 
 
 def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None):
-    """The flags as a Namespace.
+    """The flags, those of every run among them, and what class Run wants to know of the command.
 
-    defaults: a function of the flags that returns {flag: default} for those that a recipe, a mode
-    or --fast changes. modes: {flag that starts many trainings: all flags that go with it}. runs:
-    {flag that names a run: the script that makes such runs}. --resume DIR parses the words that
-    began that run, then the new ones: ranges are checked anew, a change of the training is refused.
+    argv: the words of a command line; None: of this process's. defaults: a function that is given
+    the flags and returns the defaults that they change, as --fast does {"epochs": 3}. modes: {flag
+    that starts many trainings: the flags that it takes}, as {"tune": ("epochs",)}; others would do
+    nothing and are refused. runs: {flag that names a folder: the script that made it}, as {"judge":
+    "finetune"}. --resume DIR parses the words that began that run, with the new ones behind them:
+    ranges are checked anew, and what would change the training is refused.
     """
-    plain = vars(parser.parse_args([]))
+    of_script = list(vars(parser.parse_args([])))
+    add_run_flags(parser)
 
-    def read(words):  # twice: the defaults are known only when a recipe, a mode or --fast is
-        parser.set_defaults(**plain)
-        parser.set_defaults(**defaults(parser.parse_args(words)))
+    def read(words):  # first to see whether there is a --recipe or --fast, then with its defaults
         args = parser.parse_args(words)
+        args = parser.parse_args(words, argparse.Namespace(**defaults(args)))
         for flag, value in vars(args).items():
             if value == "":  # an unset variable in a shell
                 parser.error(f"--{flag.replace('_', '-')} is empty")
@@ -173,18 +172,18 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None)
             parser.error("--resume goes on in its own folder: leave --out-dir out")
         begun = read_config(args.resume, script)
         before, args = read(begun["argv"]), read([*begun["argv"], *words])
-        moved = {flag for flag in ("storage", "weights", *(runs or {})) if getattr(before, flag, 0)}
         for flag, value in vars(before).items():
-            if getattr(args, flag) != value and flag not in FREE | moved:
+            if getattr(args, flag) != value and flag not in FREE:
                 parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: leave it "
                              "out, or start a new run")
         words, args.out_dir = begun["argv"], None
         args.data = begun["data"]  # what auto found when the run began
 
-    changed = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
+    given = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(of_script))))
     for mode, takes in (modes or {}).items():
-        for flag in sorted(changed - {mode, *takes, *RUN_FLAGS}) if getattr(args, mode) else ():
-            parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
+        for flag in of_script if getattr(args, mode) else ():
+            if given[flag] is not None and flag not in (mode, *takes):
+                parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
     return with_flags(args, device=pick_device(args.device), argv=words, begun=begun, script=script,
                       runs=runs or {}, typed=argv is None)  # typed: not called by another script
 
@@ -200,7 +199,9 @@ def pick_device(name):
              "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if there[device])
-    return name if there[name] else fail(f"--device {name}: this machine has none; try auto")
+    if not there[name]:
+        fail(f"--device {name}: this machine has none; try auto")
+    return name
 
 
 # --------------------------------------------------------------------------- data
@@ -240,6 +241,7 @@ def load_data(args):
     Sets args.data to what was loaded. Your own images: return a Data of them here. Nothing else
     knows how many classes there are, or how many images.
     """
+    socket.setdefaulttimeout(10)  # seconds without an answer: a download would wait for ever
     if args.data != "digits":
         try:
             name, classes, *arrays = read_fashion(Path(args.data_dir), download=not args.fast)
@@ -252,8 +254,9 @@ def load_data(args):
         name, classes, *arrays = read_digits()
     else:
         args.data = "fashion"
-    few = (1000, 1000, 300, 300) if args.fast else (None,) * 4
-    return Data(name, classes, *(a[:n].to(args.device) for a, n in zip(arrays, few, strict=True)))
+    if args.fast:
+        arrays = [a[:n] for a, n in zip(arrays, (1000, 1000, 300, 300), strict=True)]
+    return Data(name, classes, *(a.to(args.device) for a in arrays))
 
 
 def read_digits():
@@ -280,20 +283,18 @@ def read_fashion(folder, download):
 
     bad, problem = damaged(), "--fast downloads nothing"
     if bad and download:
-        socket.setdefaulttimeout(10)  # seconds without an answer: torchvision waits for ever
         try:
             for file in filter(Path.exists, bad):
                 file.replace(f"{file}.damaged")  # it is not ours to delete
             FashionMNIST(folder, download=True)
-        except (OSError, RuntimeError, ValueError, HTTPException, EOFError, zlib.error) as why:
+        except Exception as why:  # whatever a network and garbage make the readers raise
             problem = f"could not be downloaded: {' '.join(str(why).split())}"
-        socket.setdefaulttimeout(None)
         bad = damaged()
     if bad:
         raise LookupError(f"{bad[0]} is missing or damaged ({problem})")
     train, test = FashionMNIST(folder), FashionMNIST(folder, train=False)
-    return "FashionMNIST", tuple(train.classes), *(tensor for part in (train, test) for tensor in (
-        part.data.unsqueeze(1) / 255, part.targets))
+    x_train, x_test = train.data.unsqueeze(1) / 255, test.data.unsqueeze(1) / 255
+    return "FashionMNIST", tuple(train.classes), x_train, train.targets, x_test, test.targets
 
 
 def seed_everything(*numbers):
@@ -313,8 +314,8 @@ def seed_everything(*numbers):
 
 def split(y, seed):
     """(training indices, validation indices): one stratified 80/20 split; see splits."""
-    y = y.cpu().numpy()  # a class of one image cannot be in both parts
-    stratify = y if np.unique(y, return_counts=True)[1].min() > 1 else None
+    y = y.cpu().numpy()
+    stratify = y if np.unique(y, return_counts=True)[1].min() > 1 else None  # 1: not in both parts
     pair = train_test_split(np.arange(len(y)), test_size=0.2, stratify=stratify, random_state=seed)
     return tuple(torch.tensor(part) for part in pair)
 
@@ -322,9 +323,10 @@ def split(y, seed):
 def splits(y, folds, seed):
     """{name: (training indices, validation indices)}: stratified k-fold, or with folds 1 one split.
 
-    y: (N,) class labels. Stratified: each part has the classes in the proportions of the whole, so
-    that a fold without sandals is no reason for a bad fold. Over k folds the validation parts cover
-    everything once. Indices are int64 tensors on the CPU, disjoint; the test set is none of them.
+    y: (N,) class labels. Stratified: each part has the classes in the proportions of the whole. By
+    chance a fold might have few sandals to learn from, and do badly for that reason alone. Over k
+    folds the validation parts cover everything once. Indices are int64 tensors on the CPU,
+    disjoint; the test set is none of them.
     """
     if folds == 1:
         return {"one split": split(y, seed)}
@@ -334,14 +336,14 @@ def splits(y, folds, seed):
             for n, pair in enumerate(pairs, start=1)}
 
 
-def batches(n, batch_size, rng, device="cpu"):
-    """One epoch's minibatches: index tensors (B,) in a new random order, with a progress bar.
+def batches(x, batch_size, rng):
+    """One epoch's minibatches of x (N, ...): indices (B,) in a random order, with a progress bar.
 
-    The whole data set is one tensor, so a batch is x[idx]: no image is opened, converted or copied
-    one by one, which is what a DataLoader would spend more time on than on the training. The last
-    batch is smaller, so a mean over batches is not the mean over images.
+    The whole data set is one tensor, so a batch is x[idx]. A DataLoader would take, convert and
+    stack the images one by one, and with images this small that takes longer than the training. The
+    last batch is smaller, so a mean over batches is not the mean over images.
     """
-    order = torch.randperm(n, generator=rng).to(device)
+    order = torch.randperm(len(x), generator=rng).to(x.device)
     return tqdm(order.split(batch_size), disable=None, leave=False)  # None: on a terminal only
 
 
@@ -362,7 +364,7 @@ def augment(x, kind, rng):
     flipped = torch.rand(len(x), 1, 1, 1, generator=rng).to(x.device) < 0.5
     if kind != "flip":
         angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
-        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # an image is 2 wide
+        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # 28 pixels are 2 wide
         if kind == "report":
             right = down = torch.zeros_like(angle)
         else:
@@ -373,9 +375,10 @@ def augment(x, kind, rng):
     x = torch.where(flipped, x.flip(2 if kind == "report" else 3), x)
     if kind == "erase":
         y0, x0 = 28 * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)  # centres
-        height, width = 6 * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)  # halved
+        half_height, half_width = 6 * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)
         i = torch.arange(28, device=x.device)
-        x = x.masked_fill(((i[:, None] - y0).abs() < height) & ((i - x0).abs() < width), 0)
+        rows, columns = (i[:, None] - y0).abs() < half_height, (i - x0).abs() < half_width
+        x = x.masked_fill(rows & columns, 0)  # (B, 1, 28, 1) & (B, 1, 1, 28)
     return x
 
 
@@ -401,16 +404,13 @@ def pca_reconstruct(x_train, x_test, k):
     return torch.tensor(x_hat, dtype=torch.float32, device=x_test.device).view_as(x_test)
 
 
-NEIGHBOURS = 5  # that vote; "5-NN" in titles and tables
-
-
 def knn_accuracy(points, y):
-    """Do the classes keep apart? How often the NEIGHBOURS nearest points (N, D) vote for the truth.
+    """Do the classes keep apart? The share of points (N, D) whose 5 nearest vote for their class.
 
     Returns the accuracy and that of each class, {class: accuracy}, both 5-fold: each point is asked
     once, and the other four fifths vote. The points have no order, so the folds need no shuffling.
     """
-    vote = KNeighborsClassifier(NEIGHBOURS)
+    vote = KNeighborsClassifier(5)
     right = cross_val_predict(vote, points, y, cv=KFold(5)) == y
     return right.mean().item(), {c: right[y == c].mean().item() for c in np.unique(y).tolist()}
 
@@ -418,24 +418,17 @@ def knn_accuracy(points, y):
 # --------------------------------------------------------------------------- the run's folder
 
 
-@contextmanager
-def atomic(file):
-    """Write to a temporary file that replaces `file` only once it is complete and on the disk."""
+def write(file, content):
+    """Write bytes to a temporary file that replaces `file` only once they are on the disk."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # two runs may write at once
     try:
         with open(temporary, "wb") as f:
-            yield f
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_json(file, value):
-    """Strict JSON (nan and inf raise ValueError), written atomically."""
-    with atomic(file) as f:
-        f.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_config(folder, script):
@@ -450,7 +443,7 @@ def read_config(folder, script):
         if all(isinstance(word, str) for word in (*config["argv"], config["data"])):
             return config
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass
+        pass  # all kinds of damage, as other words than strings, get the same line
     fail(f"{file} is damaged or of another version: name another run, or start a new one")
 
 
@@ -458,8 +451,7 @@ def save_checkpoint(file, things, **rest):
     """Write things {name: whatever has a state_dict()} and the rest, plain lists and numbers."""
     buffer = io.BytesIO()  # torch.save itself would hide a full disk behind a RuntimeError
     torch.save({"things": {k: t.state_dict() for k, t in things.items()}, "rest": rest}, buffer)
-    with atomic(file) as f:
-        f.write(buffer.getbuffer())
+    write(file, buffer.getbuffer())
 
 
 def load_tensors(file):
@@ -488,10 +480,11 @@ def load_checkpoint(file, things):
 
 
 def digest(script, *words):
-    """Six letters that change with what a training may depend on, and not with comments.
+    """Six letters that change with the code of a training, and with the words of a command.
 
-    That is the classes, constants and functions, but for those that draw, of the script and of the
-    chapters that it imports; of common.py what every training calls; and the words of a command.
+    An edited comment, docstring, figure or main is no reason to train anew. So the code is parsed,
+    and what counts are classes, constants and other functions of the script and of the chapters
+    that it imports, and those functions of common.py that decide what a training sees.
     """
     def file(name):
         return Path(__file__).with_name(f"{name}.py")
@@ -523,7 +516,8 @@ class Run:
     """The folder of a run: config.json, log.jsonl, metrics.json, index.html, figures, checkpoints.
 
     A part is one of several networks that a run trains one after the other: a fold, a beta, a
-    variant. Each has a checkpoint of its own, PART.pt, with its history and its best weights.
+    variant. Each has a checkpoint of its own, PART.pt, with its history and its best weights. rows
+    are the epochs of the present part, history those of all.
     """
 
     go_on = "repeat the command"  # what start() advises whoever is interrupted
@@ -531,7 +525,7 @@ class Run:
     def __init__(self, args, data, columns=()):
         """columns: the numbers of an epoch to print; log.jsonl has all of them."""
         self.args, self.columns, self.history, self.captions = args, columns, [], {}
-        self.width = 22 + 13 * (4 - len(columns))  # of the part's name: 100 columns in all
+        self.width = 22 + 13 * (4 - len(columns))  # of a part's name, so that a line has 100
         for flag, made_by in args.runs.items():  # a wrong name fails here, not after a training
             name = getattr(args, flag)
             if name and read_config(name, made_by)["data"] != args.data:
@@ -583,9 +577,9 @@ class Run:
     def begin(self, part, epochs, model, **others):
         """Begin a part, or go on with it; returns the first of its epochs still to be trained.
 
-        model and others, whatever has a state_dict(), are restored here from the last checkpoint;
-        end_epoch() saves them all, and keeps the best weights of the model. For a part that is
-        finished it returns epochs + 1.
+        That is 1, or epochs + 1 for a part that is finished. If the part was begun before, model
+        and others, whatever has a state_dict(), are changed here to what its checkpoint holds.
+        end_epoch() saves them all, and keeps the best weights of the model.
         """
         things = {"model": model, **others}
         self.part, self.things, self.epochs = part, things, epochs
@@ -597,14 +591,14 @@ class Run:
         elif (self.folder / "metrics.json").exists():  # to train anew would destroy its numbers
             fail(f"{self.checkpoint} of a finished run is gone: start a new one")
         if not self.history:
-            print(f"{'part':{self.width}}{'epoch':>9}", *(f"{c:>12}" for c in self.columns),
-                  f"{'seconds':>8}{'left':>8}")
+            print("part".ljust(self.width), "   epoch", *(c.rjust(12) for c in self.columns),
+                  "seconds", "   left")
         self.history += self.rows
         self.clock = time.perf_counter()
         return len(self.rows) + 1
 
     def end_epoch(self, score, images=None, **row):
-        """Log the epoch's numbers, keep the best weights of the model, save what resume() restores.
+        """Log the epoch's numbers, keep the best weights of the model, save what begin() restores.
 
         score: lower is better, on validation data. images: kept beside the row, in self.images.
         """
@@ -619,19 +613,20 @@ class Run:
         if not self.best or score < self.best["score"]:
             self.best = {"score": score, "epoch": epoch,  # state_dict() holds references: copy them
                          "model": copy.deepcopy(self.things["model"].state_dict())}
-        with atomic(self.folder / "log.jsonl") as f:  # first: a row too many is written again
-            f.writelines((json.dumps(row, allow_nan=False) + "\n").encode() for row in self.history)
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.history]
+        write(self.folder / "log.jsonl", "".join(lines).encode())  # first: begin() repeats an epoch
         save_checkpoint(self.checkpoint, self.things, rows=self.rows, images=self.images,
                         best=self.best)
-        left = (self.epochs - epoch) * seconds
-        print(f"{self.part:{self.width}.{self.width}}{f'{epoch}/{self.epochs}':>9}", *(
-            f"{row[c]:12.5g}" if c in row else f"{'':12}" for c in self.columns),
-            f"{seconds:8.1f}{left // 60:5.0f}:{left % 60:02.0f}", flush=True)
+        minutes, rest = divmod(round((self.epochs - epoch) * seconds), 60)
+        numbers = [f"{row[c]:12.5g}" for c in self.columns]
+        print(f"{self.part[:self.width]:{self.width}}", f"{epoch}/{self.epochs}".rjust(8), *numbers,
+              f"{seconds:7.1f}", f"{minutes}:{rest:02}".rjust(7), flush=True)
         self.clock = time.perf_counter()
 
     def load_best(self, model):
-        """Give the model the weights of the part's best epoch, by validation score."""
+        """Give the model the weights of the part's best epoch, by score; returns its numbers."""
         model.load_state_dict(self.best["model"])
+        return self.rows[self.best["epoch"] - 1]
 
     def save(self, fig, name, caption):
         """Write a figure; caption: what to look for in it, for index.html."""
@@ -644,22 +639,23 @@ class Run:
         metrics: config.json's content is added. summary: lines of text. model: the network that the
         figures show, for load_run().
         """
-        if self.history:
+        if self.history:  # the script's own "epochs" goes before
             metrics = {"epochs": self.epochs, "seconds_per_epoch": statistics.median(
                 row["seconds"] for row in self.history), **metrics}
         if model is not None:
             save_checkpoint(self.folder / "model.pt", {"model": model})
         metrics = {"folder": str(self.folder), "fast": self.args.fast, **metrics, **self.config}
-        save_json(self.folder / "metrics.json", metrics)
+        text = json.dumps(metrics, indent=2, allow_nan=False)  # nan and inf are no JSON
+        write(self.folder / "metrics.json", f"{text}\n".encode())
         figures = "".join(f'<h3>{name}</h3><p>{html.escape(caption)}</p><img src="{name}.png">'
                           for name, caption in sorted(self.captions.items()))  # fig01, fig02, ...
-        with atomic(self.folder / "index.html") as f:
-            f.write(f"""<!DOCTYPE html><meta charset="utf-8">
+        page = f"""<!DOCTYPE html><meta charset="utf-8">
 <title>{html.escape(self.folder.name)}</title><style>body {{max-width: 60em; margin: auto;
 font-family: sans-serif}} img {{max-width: 100%}}</style>
 <h2>{html.escape(self.config["command"])}</h2>
 <pre>{html.escape(chr(10).join(summary))}</pre>{figures}
-""".encode())
+"""
+        write(self.folder / "index.html", page.encode())
         print("", *summary, "", "figures, log.jsonl, metrics.json, and index.html with all of them:"
               f" to redraw them, {self.again}", self.folder, sep="\n", flush=True)
         return metrics
@@ -670,14 +666,16 @@ def table(rows):
     cells = [["" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in row]
              for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+    return ["  ".join(cell.rjust(width) if i else cell.ljust(width)
+                      for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
             for row in cells]
 
 
 def over_folds(folds):
-    """The mean of each number, [{name: number} of each fold]; of several also its spread and each.
+    """The mean over folds, [{name: number} of each], of each number.
 
-    Returns {name: mean, name_std: standard deviation, fold_name: [number of each fold]}.
+    Of several folds also spread and numbers: {"test_mse": mean, "test_mse_std": standard deviation,
+    "fold_test_mse": [number of each fold]}.
     """
     metrics = {}
     for name in folds[0]:
@@ -691,7 +689,8 @@ def over_folds(folds):
 def load_run(folder, script, parse_args, build):
     """The network that a finished run shows: build(its flags), with its weights.
 
-    Exit 2 where another script made it, it is not finished, or its weights do not fit.
+    parse_args, build: functions of the script. Exit 2 where another script made it, it is not
+    finished, or its weights do not fit.
     """
     config, file = read_config(folder, script), Path(folder) / "model.pt"
     if not file.is_file():
@@ -708,9 +707,11 @@ def trained(script, name, args, flags, minutes):
 
     It is named after what it is, the data, the seed, and code and command, as in
     runs/judge-fashion-seed0-1a2b3c; nothing else in runs/ is looked at: the same command gives the
-    same numbers. args: the caller's, after load_data; minutes: how long it takes at most.
+    same numbers. args: the caller's, after load_data; flags: a list of words; minutes: how long it
+    takes at most.
     """
-    words = [*flags, "--data", args.data, "--seed", str(args.seed), *["--fast"] * args.fast]
+    words = [*flags, "--data", args.data, "--seed", str(args.seed)]
+    words += ["--fast"] if args.fast else []
     folder = Path("runs", f"{name}-{args.data}-seed{args.seed}-{digest(script, *words)}")
     if (folder / "metrics.json").exists():
         print(f"using {folder}")
@@ -752,7 +753,8 @@ def draw_rows(run, name, rows, columns, title, caption, names=()):
         show_images(ax, x, columns)
         ax.set_ylabel(label, rotation=0, ha="right", va="center")
     if names:
-        axes[-1].set_xticks([15 + 29 * c for c in range(len(names))], names, fontsize=7)
+        centres = [15 + 29 * c for c in range(len(names))]  # 28 pixels, and 1 of a border
+        axes[-1].set_xticks(centres, names, fontsize=7)
     fig.suptitle(title)
     run.save(fig, name, caption)
 
@@ -762,11 +764,12 @@ def draw_reconstructions(run, name, data, rows):
 
     rows: {label: (N, 1, 28, 28), an image for each test image}.
     """
-    first = {data.classes[c]: (data.y_test == c).nonzero()[0].item()
-             for c in data.y_test.unique().tolist()[:10]}
-    draw_rows(run, name, {label: x[list(first.values())] for label, x in rows.items()}, len(first),
+    classes = data.y_test.unique().tolist()[:10]
+    shown = [(data.y_test == c).nonzero()[0].item() for c in classes]
+    draw_rows(run, name, {label: x[shown] for label, x in rows.items()}, len(shown),
               f"{data.name}, test images and their reconstructions",
-              "Which details are lost? PCA is the best that a linear map can do.", list(first))
+              "Which details are lost? PCA is the best that a linear map can do.",
+              [data.classes[c] for c in classes])
 
 
 def plot_curves(run, name, rows, panels, title, caption):
@@ -789,10 +792,11 @@ def draw_ablation(run, variants, xlabel, title):
 
     The first variant is what all others change.
     """
-    first, values = next(iter(variants.items()))
+    first = next(iter(variants))
     fig = Figure(figsize=(7, 0.4 * len(variants) + 1.3), layout="constrained")
     ax = fig.subplots()
-    ax.axvspan(min(values), max(values), color="gray", alpha=0.2, label=f"seeds of {first}")
+    ax.axvspan(min(variants[first]), max(variants[first]), color="gray", alpha=0.2,
+               label=f"seeds of {first}")
     order = sorted(variants, key=lambda name: -statistics.mean(variants[name]))
     for y, name in enumerate(order):
         ax.scatter(variants[name], [y] * len(variants[name]), alpha=0.6, color="C0")
@@ -828,18 +832,17 @@ def draw_latent(run, z, data, dims, numbers):
                 init="pca" if np.ptp(z, axis=0).any() else "random"  # all alike: PCA divides by 0
                 ).fit_transform(z)
     accuracy = {name: knn_accuracy(points, y)[0] for name, points in (("z", z), ("tsne", tsne))}
-    maps = {"latent": (z[:, dims], f"dimensions {dims[0]} and {dims[1]} of z",
-                       [f"z[{d}]" for d in dims], "Do two dimensions tell the classes apart?"),
-            "pca": (PCA(2).fit_transform(z), f"PCA of all {z.shape[1]} dimensions of z",
-                    ["first component", "second component"],
-                    "The two directions of largest spread."),
-            "tsne": (tsne, f"t-SNE of z, 5-NN accuracy {accuracy['tsne']:.2f}", ["", ""],
-                     "Which classes are neighbours? Distances between islands mean little.")}
-    for number, (name, (points, title, labels, caption)) in zip(numbers, maps.items(), strict=True):
+    maps = [("latent", z[:, dims], f"dimensions {dims[0]} and {dims[1]} of z", f"z[{dims[0]}]",
+             f"z[{dims[1]}]", "Do two dimensions tell the classes apart?"),
+            ("pca", PCA(2).fit_transform(z), f"PCA of all {z.shape[1]} dimensions of z",
+             "first component", "second component", "The two directions of largest spread."),
+            ("tsne", tsne, f"t-SNE of z, 5-NN accuracy {accuracy['tsne']:.2f}", "", "",
+             "Which classes are neighbours? Distances between islands mean little.")]
+    for number, (name, points, title, xlabel, ylabel, caption) in zip(numbers, maps, strict=True):
         fig = Figure(figsize=(7, 5), layout="constrained")
         ax = fig.subplots()
         scatter(ax, points, y, data.classes)
-        ax.set(title=f"{data.name} test images: {title}", xlabel=labels[0], ylabel=labels[1])
+        ax.set(title=f"{data.name} test images: {title}", xlabel=xlabel, ylabel=ylabel)
         fig.legend(loc="outside right center", markerscale=4)
         run.save(fig, f"fig{number:02d}_{name}", caption)
     return accuracy

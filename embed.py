@@ -19,7 +19,6 @@ not there yet: in runs/ae2-... and runs/vae2-..., named after data, seed and cod
 
 import json
 import math
-import shlex
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +59,6 @@ def parse_args(argv=None):
         group.add_argument(f"--{name}", metavar="DIR",
                            help=f"run of {name}.py with --latent-dim 2; without it the best we "
                                 "know, made first where it is not there")
-    common.add_run_flags(parser)
     return common.parse(parser, "embed", argv, runs={"ae": "ae", "vae": "vae"})
 
 
@@ -83,10 +81,8 @@ def map_encoder(script, folder, x):
     model = script.load_run(folder).to(x.device)
     log = (Path(folder) / "log.jsonl").read_text().splitlines()
     clock = time.perf_counter()
-    z = vae.encode(model, x)[0] if script is vae else ae.encode(model, x)  # mu: without the noise
+    z = ae.encode(model, x) if script is ae else vae.encode(model, x)[0]  # mu, without the noise
     seconds = time.perf_counter() - clock + sum(json.loads(line)["seconds"] for line in log)
-    if z.shape[1] != 2:
-        common.fail(f"{folder} has {z.shape[1]} latent dimensions: a map takes --latent-dim 2")
     return z.cpu().double().numpy(), {
         "test_mse": F.mse_loss(script.reconstruct(model, x), x).item(), "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()), "run": folder}
@@ -122,13 +118,13 @@ def measure(x, y, maps, classes):
     """Add to the numbers of each Map of x (N, 1, 28, 28), y (N,) how far to trust it.
 
     knn_accuracy: do the classes keep apart? trustworthiness: are neighbours in the map neighbours
-    as images, in Euclidean distance (not a person's idea of alike)? 1: the 5 nearest points are the
-    5 nearest images, for all; by chance .5 (Venna and Kaski 2001). N x N distances: 3.5 GB for
-    10,000 points.
+    as images, in Euclidean distance (not a person's idea of alike)? 1 if the 5 nearest points of
+    each are its 5 nearest images, about .5 for points at random (Venna and Kaski 2001). It takes
+    N x N distances, 3.5 GB for 10,000 points.
     """
     for name, points, numbers in maps:
         accuracy, of_class = common.knn_accuracy(points, y)
-        trust = trustworthiness(common.pixels(x), points, n_neighbors=common.NEIGHBOURS)
+        trust = trustworthiness(common.pixels(x), points, n_neighbors=5)
         numbers |= {"knn_accuracy": accuracy, "trustworthiness": float(trust),
                     "places_new_points": name != "tsne",
                     "class_accuracy": {classes[c]: a for c, a in of_class.items()}}
@@ -159,7 +155,7 @@ def spread(points, gap):
     points = points / np.ptp(points, axis=0)
     chosen = []
     for i, point in enumerate(points):
-        if (np.abs(points[chosen] - point).max(1) > gap).all():
+        if (np.abs(points[chosen] - point).max(1) > gap).all():  # true for the first, of none
             chosen.append(i)
     return chosen
 
@@ -185,7 +181,7 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
     """The list of Maps of x (N, 1, 28, 28), y (N,) as one figure.
 
     Some of the images are drawn, centred at their points: they show what a region means. The axes
-    end where the outermost hundredth of the points does: a few outliers would squeeze all others.
+    leave out the outermost hundredth of the points: a few outliers would squeeze all others.
     """
     rows = math.ceil(len(maps) / columns)
     fig = Figure(figsize=(7 * columns + 1, 6 * rows + 0.5), layout="constrained")
@@ -217,12 +213,11 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
 
 
 def find_encoder(script, args):
-    """The run of ae.py or vae.py to take: a named one, or the best we know, made if need be."""
+    """The folder of the run of ae.py or vae.py: a named one, or the best we know, made if need be.
+    """
     name = script.__name__
-    flags = shlex.split(TRAINING[name])
-    if args.fast:
-        flags += ["--epochs", "3"]  # the last one counts
-    return getattr(args, name) or common.trained(name, f"{name}2", args, flags, minutes=15)
+    flags = TRAINING[name] + (" --epochs 3" if args.fast else "")  # the last --epochs counts
+    return getattr(args, name) or common.trained(name, f"{name}2", args, flags.split(), minutes=15)
 
 
 def main(argv=None):
@@ -238,14 +233,16 @@ def main(argv=None):
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
 
     run = common.Run(args, data)
-    maps = [Map(script.__name__, *map_encoder(script, find_encoder(script, args), x))
-            for script in (ae, vae)]
-    maps.append(Map("pca", *map_pca(data.x_train, x)))
+    for folder, script in ((args.ae, "ae"), (args.vae, "vae")):  # before one of them is trained
+        if folder and common.read_config(folder, script)["flags"]["latent_dim"] != 2:
+            common.fail(f"{folder} has more than two latent dimensions: a map takes --latent-dim 2")
+    maps = [Map("ae", *map_encoder(ae, find_encoder(ae, args), x)),
+            Map("vae", *map_encoder(vae, find_encoder(vae, args), x)),
+            Map("pca", *map_pca(data.x_train, x))]
     tsne = [Map("tsne", *map_tsne(x, perplexity, args.seed)) for perplexity in args.perplexity]
-    maps += tsne
-    measure(x, y, maps, data.classes)
+    measure(x, y, maps + tsne, data.classes)
 
-    four = [*maps[:3], next((m for m in tsne if m.numbers["perplexity"] == 30), tsne[0])]
+    four = [*maps, next((m for m in tsne if m.numbers["perplexity"] == 30), tsne[0])]
     for number, one in enumerate(four, start=26):
         draw_maps(run, f"fig{number}_{one.name}", [one], x, y, data)
     draw_maps(run, "maps", four, x, y, data, columns=2)
@@ -253,7 +250,8 @@ def main(argv=None):
         draw_maps(run, "perplexity", tsne, x, y, data)
     return run.finish({
         "methods": {m.name: m.numbers for m in four}, "points": n,
-        "neighbours": common.NEIGHBOURS, "perplexity": [m.numbers for m in tsne]}, table(maps))
+        "neighbours": 5, "perplexity": [m.numbers for m in tsne]},
+        table(maps + tsne))
 
 
 if __name__ == "__main__":

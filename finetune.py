@@ -3,7 +3,7 @@
 Section 5 of the report: its four classifiers, confusion matrices, and what labels buy.
 
     python finetune.py                          all four models: table 3, figures 30 to 36
-    python finetune.py --model cnn --folds 5    one of them; the judge of the GAN chapter
+    python finetune.py --model cnn --folds 5    one of them, with cross validation
     python finetune.py --model ae --scratch     the same network without pre-training
     python finetune.py --model ae --train head  a linear probe: the encoder stays frozen
     python finetune.py --model resnet18-random --train all
@@ -21,7 +21,6 @@ another run. Each run writes to a new folder in runs/.
 
 import argparse
 import math
-import socket
 import statistics
 from collections import defaultdict
 from functools import partial
@@ -53,7 +52,7 @@ TABLE3 = {"ae": (85.7, 0.410, 252), "resnet18": (85.9, 0.482, 371),
           "resnet18-random": (81.1, 0.602, 674), "cnn": (87.8, 0.318, None)}
 RESNET = {"train": "last", "epochs": 4, "batch_size": 128, "lr": 0.001, "weight_decay": 0.0,
           "augment": "shift"}
-SETTINGS = {  # of each model, by recipe; flags go before them
+SETTINGS = {  # by recipe and model; a flag that is given wins over them
     "best": {
         "ae": {"train": "all", "epochs": 80, "batch_size": 64, "lr": 0.008, "weight_decay": 0.0,
                "augment": "shift"},
@@ -71,13 +70,15 @@ SETTINGS = {  # of each model, by recipe; flags go before them
         "cnn": {"train": "all", "epochs": 20, "batch_size": 300, "lr": 0.0085,
                 "weight_decay": 5e-5, "augment": "report"}},
 }
-# flags that start many trainings instead of one, and all others that go with them
+# flags that start many trainings instead of one: which others they take, beside those of every run
 MODES = {"labels": ("epochs", "batch_size", "encoder"), "transfer": ("epochs",)}
 
 
 def defaults(args):
-    """The epochs where no flag says otherwise; None: those of the model's SETTINGS."""
-    return {"epochs": 2 if args.fast else 10 if args.labels else 3 if args.transfer else None}
+    """The defaults that these flags change, {flag: value}; common.parse asks for them."""
+    if args.fast:
+        return {"epochs": 2}
+    return {"epochs": 10} if args.labels else {"epochs": 3} if args.transfer else {}
 
 
 def parse_args(argv=None):
@@ -108,7 +109,6 @@ def parse_args(argv=None):
                        help="in the test: mean of the logits of an image and of its mirror image; "
                             "without it: if trained on both")
     common.add_training_flags(parser, SETTINGS, epochs=None, batch_size=None, lr=None, augment=None)
-    common.add_run_flags(parser)
     parser.epilog = "--epochs, --batch-size, --lr, --augment: without them see SETTINGS"
     args = common.parse(parser, "finetune", argv, defaults, MODES, runs={"encoder": "ae"})
     for flag, models in {"train": ("all", "ae", "resnet18", "resnet18-random"),
@@ -120,11 +120,14 @@ def parse_args(argv=None):
 
 
 def settings(args, name):
-    """The flags of one model: what was asked for, else its SETTINGS; model: its name."""
+    """The flags of one model, by its name: what was asked for, else its SETTINGS.
+
+    Also what ae.make_optimizer asks for, optimizer and schedule, and a title.
+    """
     asked = {flag: value for flag, value in vars(args).items() if value is not None}
-    flags = common.with_flags(args, **{
-        **SETTINGS[args.recipe][name], **asked, "model": name, "optimizer": "adam",
-        "schedule": "constant" if args.recipe == "report" else "onecycle"})
+    flags = common.with_flags(args, **{**SETTINGS[args.recipe][name], **asked})
+    flags.model, flags.optimizer = name, "adam"
+    flags.schedule = "constant" if args.recipe == "report" else "onecycle"
     if name == "cnn":
         flags.train = "all"  # nothing to freeze
     flags.scratch = args.scratch and name == "ae"
@@ -197,30 +200,29 @@ class CNN(nn.Module):
 
 
 def build(args, classes, start=None):
-    """The network of args.model. start: weights by name, of ImageNet or of another training.
+    """The network of args.model. start: its first weights by name, of ImageNet or another training.
 
-    model.trained: its modules that learn, for train_epoch; the others are frozen.
+    model.learning: its modules that learn, for train_epoch; the others are frozen.
     """
     if args.model == "ae":
         net = ae.load_run(args.encoder) if args.encoder else ae.Autoencoder()
         encoder = net.encoder
-        if args.scratch:  # the same layers with new weights and statistics
+        if args.scratch:  # its layers in their sizes, with new weights and statistics
             for module in encoder.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
         model = EncoderClassifier(encoder, classes)
         last = [encoder.linear, model.head]
     elif args.model == "cnn":
-        model = CNN(classes)
-        last = [model]  # nothing to freeze
+        model, last = CNN(classes), None  # as a whole
     else:
         model = ResNet18(classes)
         last = [model.net.layer3, model.net.layer4, model.head]
-    model.trained = {"all": [model], "last": last, "head": [model.head]}[args.train]
+    model.learning = {"all": [model], "last": last, "head": [model.head]}[args.train]
     if start is not None:  # it lacks the last layer, which stays random
         model.load_state_dict({**model.state_dict(), **start})
     model.requires_grad_(False)
-    for module in model.trained:
+    for module in model.learning:
         module.requires_grad_(True)
     return model.to(args.device)
 
@@ -233,9 +235,8 @@ def imagenet_weights(args):
     weights = ResNet18_Weights.IMAGENET1K_V1
     file = Path(args.weights or Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name))
     try:
-        socket.setdefaulttimeout(10)  # seconds without an answer: torch.hub waits for ever
         if not (args.weights or args.fast or file.exists()):
-            weights.get_state_dict(check_hash=True, weights_only=True)
+            weights.get_state_dict(check_hash=True, weights_only=True)  # downloads it to this file
         state_dict = common.load_tensors(file)
         torchvision.models.resnet18().load_state_dict(state_dict)  # does it fit?
         return {f"net.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
@@ -243,8 +244,6 @@ def imagenet_weights(args):
         raise LookupError(f"no ImageNet weights in {args.weights or file.name} ("
                           f"{type(error).__name__}: "
                           f"{str(error)[:200]})") from error
-    finally:
-        socket.setdefaulttimeout(None)
 
 
 # --------------------------------------------------------------------------- training
@@ -253,10 +252,10 @@ def imagenet_weights(args):
 def train_epoch(model, x, y, optimizer, schedule, args, rng):
     """One pass over x (N, 1, 28, 28), y (N,); returns the mean cross entropy in nats."""
     model.eval()  # what is frozen stays so: BatchNorm keeps its statistics, dropout is off
-    for module in model.trained:
+    for module in model.learning:
         module.train()
     total = 0.0
-    for idx in common.batches(len(x), args.batch_size, rng, x.device):
+    for idx in common.batches(x, args.batch_size, rng):
         batch = common.augment(x[idx], args.augment, rng)
 
         logits = model(batch)
@@ -281,7 +280,8 @@ def fit(args, run, part, seeds, train, val, classes, start=None):
     (x, y), (x_val, y_val) = train, val
     model = build(args, classes, start)
     if args.train != "all" and (args.scratch or args.model == "resnet18-random"):
-        # frozen random layers would keep mean 0 and variance 1, which are not the data's: measure
+        # BatchNorm in frozen layers never trains: its mean and variance would stay 0 and 1, while
+        # random layers make others of the data. Measure them
         update_bn(x[:10_000].split(500), model)
     optimizer, schedule = ae.make_optimizer(model, args, len(x))
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
@@ -331,6 +331,7 @@ def load_judge(args, data):
     """The CNN that judges the samples of gan.py, in evaluation mode: --judge, or a new one."""
     folder = args.judge or common.trained("finetune", "judge", args,
                                           ["--model", "cnn", "--epochs", "8"], minutes=6)
+    # a run of all models keeps the weights of the last one in TABLE3, the CNN
     if common.read_config(folder, "finetune")["flags"]["model"] not in ("cnn", "all"):
         common.fail(f"{folder} is no run of finetune.py --model cnn, which the judge is")
     judge = common.load_run(folder, "finetune", parse_args, lambda flags: CNN(len(data.classes)))
@@ -340,15 +341,16 @@ def load_judge(args, data):
 # --------------------------------------------------------------------------- few labels
 
 SEEDS = 3  # trainings of each, with other labelled images
-# validation data choose among these, for each way, number of labels and seed: for a network
+# settings to choose from on validation images, for each way, number of labels and seed: of a
+# network, of the network in --transfer, and of a logistic regression, the inverse of its L2 penalty
 CANDIDATES = [{"lr": 0.002, "augment": "none"}, {"lr": 0.008, "augment": "none"},
               {"lr": 0.008, "augment": "shift"}]
 TRANSFER = [{"lr": 0.001, "augment": "shift"}, {"lr": 0.004, "augment": "shift"}]
-STRENGTHS = (0.01, 0.1, 1.0)  # of the logistic regression, the inverse of its L2 penalty
+STRENGTHS = (0.01, 0.1, 1.0)
 
 
 def label_subset(y, n, seed):
-    """n indices into y (N,): equally many of each class, and all those of any smaller n.
+    """n indices into y (N,): equally many of each class, with all those of a smaller n among them.
 
     Dealt like cards: one image of each class in turn.
     """
@@ -376,9 +378,8 @@ def probe(encode, train, val, test):
 def fit_best(candidates, flags, run, part, seeds, data, classes, start=None):
     """(validation, test) accuracy of the network whose settings are best on val.
 
-    data: (x, y) of train, val and test. start: the weights to begin with, by name, if not all are
-    to be random. Of one training the epoch is chosen by the loss, which is smoother; of several
-    the best by accuracy, which is what counts.
+    data: (x, y) of train, val and test. start: see build. The epoch of a training is chosen by its
+    validation loss, which is smoother; among the trainings the best by accuracy, which counts.
     """
     train, val, test = data
     models = []
@@ -395,8 +396,8 @@ def label_efficiency(args, data):
     """Accuracy against the number of labels, for four ways to use them; returns the metrics.
 
     The settings of each way are chosen on the validation images, for each number of labels and each
-    seed. Somebody with 100 labels would not have these 12,000: what counts is that all ways are
-    chosen alike. The encoders saw every image of the pool, without labels, and are the same ones
+    seed. Somebody with 100 labels would not have so many of those: what counts is that all ways
+    are chosen alike. The encoders saw every image of the pool, without labels, and are the same
     for all three seeds.
     """
     pool, val_idx = common.split(data.y_train, args.seed)
@@ -418,7 +419,7 @@ def label_efficiency(args, data):
             train = data.x_train[idx], data.y_train[idx]
             for way, encode in encoders.items():
                 points[way, n].append(probe(encode, train, val, test))
-            # an epoch shows a tenth of the pool at least, however few images that are
+            # repeated, few images too make epochs of a tenth of the pool's steps at least
             idx = idx.repeat(math.ceil(len(pool) / 10 / n))
             repeated = data.x_train[idx], data.y_train[idx]
             for way, scratch in (("fine-tuned", False), ("from scratch", True)):
@@ -436,10 +437,9 @@ def transfer(args, data):
     its question, without a download: what is learned with labels elsewhere, and is it worth more
     the fewer labels there are here? The network's last layer is always new.
     """
-    half = len(data.classes) // 2
+    classes, half = len(data.classes), len(data.classes) // 2
     if half < 2:
-        common.fail(f"--transfer takes four classes or more, two for each half: there are "
-                    f"{len(data.classes)}")
+        common.fail(f"--transfer takes two classes for each half: there are {classes} in all")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
     flags = common.with_flags(settings(args, "cnn"), batch_size=32)
     points = defaultdict(list)
@@ -448,23 +448,23 @@ def transfer(args, data):
         chosen = (y >= low) & (y < high)
         return x[chosen], y[chosen] - low
 
+    most = (data.y_train >= half).sum().item() * 3 // 4  # fewer than any seed's training part has
     for seed in range(args.seed, args.seed + SEEDS):
         train_idx, val_idx = common.split(data.y_train, seed)
         train, val = ((data.x_train[idx], data.y_train[idx]) for idx in (train_idx, val_idx))
-        before, _ = fit(flags, run, f"first classes, {seed}", (seed, 0),
+        source, _ = fit(flags, run, f"first classes, {seed}", (seed, 0),
                         of_classes(*train, 0, half), of_classes(*val, 0, half), half)
-        start = {k: v for k, v in before.state_dict().items() if not k.startswith("head")}
+        start = {k: v for k, v in source.state_dict().items() if not k.startswith("head")}
 
-        classes = len(data.classes)
         x, y = of_classes(*train, half, classes)
         x_val, y_val = of_classes(*val, half, classes)
         val = x_val[:1000], y_val[:1000]  # enough to choose, and each epoch looks at them
         test = of_classes(data.x_test, data.y_test, half, classes)
-        for n in sorted({min(n, len(x)) for n in (50, 500, 5000)}):
+        for n in sorted({min(n, most) for n in (50, 500, 5000)}):
             idx = label_subset(y, n, seed)
             points["frozen", n].append(probe(
-                partial(encode, before), (x[idx], y[idx]), val, test))
-            # an epoch shows a sixteenth of the images at least, however few different ones
+                partial(encode, source), (x[idx], y[idx]), val, test))
+            # repeated, few images too make epochs of a sixteenth of the steps of all at least
             idx = idx.repeat(math.ceil(len(x) / 16 / n))
             for way, weights in (("fine-tuned", start), ("from scratch", None)):
                 points[way, n].append(fit_best(
@@ -481,7 +481,7 @@ def finish_points(run, points, name, question):
     """
     results, labels = defaultdict(dict), sorted({n for _, n in points})
     for (way, n), pairs in points.items():
-        val, test = ([pair[i] for pair in pairs] for i in (0, 1))
+        val, test = map(list, zip(*pairs, strict=True))
         results[way][str(n)] = {
             "val_mean": statistics.mean(val), "val_std": statistics.stdev(val), "val_each": val,
             "mean": statistics.mean(test), "std": statistics.stdev(test), "each": test}
@@ -500,10 +500,11 @@ def finish_points(run, points, name, question):
     ax.grid(alpha=0.3)
     ax.legend()
     run.save(fig, name, "Where is pre-training ahead of the network from scratch?")
-    return run.finish({name: results}, common.table([
-        (f"test accuracy, %, {SEEDS} trainings; labels:", *labels),
-        *((way, *(f"{100 * p['mean']:.1f} +-{100 * p['std']:.1f}" for p in by_n.values()))
-          for way, by_n in results.items())]))
+    table = [(f"test accuracy, %, {SEEDS} trainings; labels:", *labels)]
+    for way, by_n in results.items():
+        table.append((way, *(f"{100 * p['mean']:.1f} +-{100 * p['std']:.1f}"
+                             for p in by_n.values())))
+    return run.finish({name: results}, common.table(table))
 
 
 # --------------------------------------------------------------------------- figures
@@ -597,7 +598,7 @@ def train_and_test(flags, run, data, splits, start):
                       "val_accuracy": best["val_accuracy"], "val_loss": best["val_loss"],
                       "train_seconds": sum(row["seconds"] for row in rows)})
 
-    # all else is of the last fold
+    # all else is of the last fold: model, rows, logits, best
     matrix = confusion_matrix(data.y_test.cpu().numpy(), logits.argmax(1).cpu().numpy(),
                               labels=range(len(data.classes)))
     metrics = {

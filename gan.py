@@ -11,8 +11,8 @@ Section 3 of the report: a GAN, what its losses can tell, and which model is the
 
 FashionMNIST, 10,000 samples against the test images (results/gan*), three seeds: Frechet distance
 6.3 +- .4, precision .87, recall .83, with 398,306 parameters, in 26 minutes on one core beside
-another run; the report's recipe has 246 +- 9 after 30 of its 100 epochs, training images 0.2. The
-losses of both come near chance level.
+another run. The report's recipe has 246 +- 9 after 30 of its 100 epochs, and losses as near to
+chance level. Training images have 0.2.
 
 The judge of the samples is the CNN of `finetune.py --model cnn --epochs 8`, trained first where it
 is not there yet, or that of --judge DIR. Distances by different judges do not compare. Each run
@@ -24,7 +24,6 @@ import copy
 import math
 import statistics
 from collections import defaultdict
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -51,15 +50,16 @@ RECIPES = {
                "schedule": "constant", "ema": 0.0, "batch_size": 128, "epochs": 100,
                "augment": "flip"},
 }
-# seeds of noise. They do not follow --seed, so that two runs show the same vectors
+# seeds of the noise for validation, figures, test. They do not follow --seed, so that two runs show
+# the same vectors
 VAL_NOISE, FIGURE_NOISE, WALK_NOISE, TEST_NOISE, COMPARE_NOISE = 0, 1, 2, 3, (10, 11, 12)
-# flags that start many trainings instead of one, and all others that go with them
+# flags that start many trainings instead of one: which others they take, beside those of every run
 MODES = {"ablate": ("recipe", "judge", "epochs", "batch_size"),
          "compare": ("ae", "vae", "gan", "gan_report", "judge")}
 
 
 def defaults(args):
-    """The defaults that other flags change."""
+    """The defaults that these flags change, {flag: value}; common.parse asks for them."""
     return RECIPES[args.recipe] | ({"epochs": 3} if args.ablate or args.fast else {})
 
 
@@ -105,7 +105,6 @@ def parse_args(argv=None):
     group.add_argument("--judge", metavar="DIR",
                        help="the run of finetune.py whose CNN judges the samples; without it that "
                             "of `finetune.py --model cnn --epochs 8`, made first if need be")
-    common.add_run_flags(parser)
     args = common.parse(parser, "gan", argv, defaults, MODES, runs={
         "ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan", "judge": "finetune"})
     if not args.compare and (args.ae or args.vae or args.gan or args.gan_report):
@@ -146,16 +145,17 @@ class Discriminator(nn.Module):
 
     def __init__(self, filters=(64, 96, 80)):
         super().__init__()
-        self.blocks, size = nn.Sequential(), 28
-        for f_in, f_out in pairwise((1, *filters)):
-            conv = nn.Conv2d(f_in, f_out, 4, stride=2, padding=1)
+        self.blocks, f_in, size = nn.Sequential(), 1, 28
+        for f in filters:
+            conv = nn.Conv2d(f_in, f, 4, stride=2, padding=1)
             self.blocks.append(nn.Sequential(conv, nn.LeakyReLU(0.2)))
-            size = size // 2  # 14, 7, 3
-        self.linear = nn.Linear(filters[-1] * size * size, 1)
+            f_in, size = f, size // 2  # 14, 7, 3
+        self.linear = nn.Linear(f_in * size * size, 1)
 
-    def forward(self, x):                      # (B, 1, 28, 28)
-        x = self.blocks(2 * x - 1).flatten(1)  # (B, 9 * f3); -1 to 1: a weight learns nothing at 0
-        return self.linear(x).squeeze(1)
+    def forward(self, x):            # (B, 1, 28, 28)
+        x = 2 * x - 1                # black as 0 would give the weights on it no gradient
+        x = self.blocks(x)           # (B, f3, 3, 3)
+        return self.linear(x.flatten(1)).squeeze(1)
 
 
 def build(args):
@@ -164,7 +164,8 @@ def build(args):
     netD = Discriminator(args.d_filters)
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     for net in (netG, netD):
-        for layer in [m for m in net.modules() if isinstance(m, kinds)]:
+        layers = [m for m in net.modules() if isinstance(m, kinds)]  # spectral_norm adds modules
+        for layer in layers:
             if args.init_std:
                 nn.init.normal_(layer.weight, 0, args.init_std)
             if args.spectral_norm and net is netD:
@@ -194,14 +195,14 @@ def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, ar
     """One pass over x (N, 1, 28, 28). Returns the epoch's means over the images as a dict.
 
     d_loss, g_loss; d_accuracy_real, d_accuracy_fake: how often D was right, before its step;
-    g_gradient: the norm of G's gradient. Adam divides by its usual size, so a small one alone does
-    not slow G down.
+    g_gradient: the norm of G's gradient. A small one alone does not slow G down: Adam divides each
+    gradient by its usual size.
     """
     netG.train()
     netD.train()
     totals = dict.fromkeys(("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake",
                             "g_gradient"), 0.0)
-    for idx in common.batches(len(x), args.batch_size, rng, x.device):
+    for idx in common.batches(x, args.batch_size, rng):
         real = common.augment(x[idx], args.augment, rng)
         z = torch.randn(len(idx), args.noise_dim, generator=rng).to(x.device)
 
@@ -221,6 +222,7 @@ def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, ar
         g_optimizer.step()
 
         t = schedules[0].last_epoch  # steps so far, in spite of its name
+        # with args.ema from the start, the first, random weights would count for thousands of steps
         update_average(netG_ema, netG, decay=min(args.ema, (1 + t) / (10 + t)))
         for schedule in schedules:
             schedule.step()
@@ -238,13 +240,11 @@ def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, ar
 def update_average(netG_ema, netG, decay):
     """netG_ema = decay * netG_ema + (1 - decay) * netG, weights and BatchNorm's statistics.
 
-    G may circle around a good place rather than reach it; the average lies inside. In the first
-    thousands of steps t train_epoch takes the smaller decay (1 + t) / (10 + t): else the first,
-    random weights would count for long.
+    G may circle around a good place rather than reach it; the average lies inside.
     """
     for average, value in zip(netG_ema.state_dict().values(), netG.state_dict().values(),
-                              strict=True):
-        if average.is_floating_point():  # the other one counts batches
+                              strict=True):  # these are the tensors themselves, no copies
+        if average.is_floating_point():  # BatchNorm also counts its batches
             average.lerp_(value, 1 - decay)
 
 
@@ -269,17 +269,21 @@ def fit(args, run, part, seeds, x_train, judge, val_features):
     netG_ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
     g_optimizer, g_schedule = make_optimizer(netG, args, len(x_train))
     d_optimizer, d_schedule = make_optimizer(netD, args, len(x_train))
+    # 1; of an interrupted run the next epoch, and all are given back what they had learned. The
+    # best weights are kept of netG_ema
     first = run.begin(part, args.epochs, netG_ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
                       d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule)
+    # half as many samples as real images, to save time: compare it between epochs only
+    z_val = noise(len(val_features) // 2, args.noise_dim, VAL_NOISE, args.device)
+    z_shown = noise(10, args.noise_dim, FIGURE_NOISE, args.device)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
         row = train_epoch(netG, netD, netG_ema, x_train, g_optimizer, d_optimizer,
                           (g_schedule, d_schedule), args, rng)
-        # half as many samples as real images, to save time: compare it between epochs only
-        z = noise(len(val_features) // 2, args.noise_dim, VAL_NOISE, args.device)
-        distance = frechet_distance(finetune.encode(judge, sample(netG_ema, z)), val_features)
-        shown = sample(netG_ema, noise(10, args.noise_dim, FIGURE_NOISE, args.device))
-        run.end_epoch(score=distance, **row, val_frechet=distance, images=shown)
+        features = finetune.encode(judge, sample(netG_ema, z_val))
+        distance = frechet_distance(features, val_features)
+        run.end_epoch(score=distance, **row, val_frechet=distance,
+                      images=sample(netG_ema, z_shown))
     run.load_best(netG_ema)
     return netG_ema, run.rows, run.images
 
@@ -320,11 +324,12 @@ def precision_recall(real, fake, k=3):
     A set covers a point if one of the set's points is as close to it as to its own k-th nearest
     neighbour in the set (Kynkaanniemi et al., arXiv 1904.06991).
     """
-    def covered(points, by):
+    def covered(points, by):  # in parts of 1,000 rows: distances take 40 MB instead of 400
         radius = torch.cat([torch.cdist(part, by).kthvalue(k + 1).values  # + 1: itself, at 0
-                            for part in by.split(1000)])  # 1,000 rows: 40 MB instead of 400
-        return torch.cat([(torch.cdist(part, by) <= radius).any(1)
-                          for part in points.split(1000)]).float().mean().item()
+                            for part in by.split(1000)])
+        inside = torch.cat([(torch.cdist(part, by) <= radius).any(1)  # of one of the balls
+                            for part in points.split(1000)])
+        return inside.float().mean().item()
     return covered(fake, by=real), covered(real, by=fake)
 
 
@@ -339,21 +344,21 @@ def two_sample(real, fake, n=2000):
     """
     n = min(n, len(real), len(fake))
     pooled = torch.cat([real[:n].flatten(1), fake[:n].flatten(1)])
-    nearest = torch.cdist(pooled, pooled).fill_diagonal_(math.inf).argmin(1)
-    right = (nearest < n) == (torch.arange(2 * n, device=nearest.device) < n)
+    neighbour = torch.cdist(pooled, pooled).fill_diagonal_(math.inf).argmin(1)
+    right = (neighbour < n) == (torch.arange(2 * n, device=neighbour.device) < n)
     return right[:n].float().mean().item(), right[n:].float().mean().item()
 
 
 @torch.no_grad()
 def judge_images(judge, x, real_x, real_features):
-    """All metrics of images x against real ones real_x (as many) and the judge's features of them.
+    """All metrics of images x against as many real ones, and the judge's features of these.
 
-    {frechet, precision, recall, two_sample and two_sample_pixels: (real half, fake half),
-    class_coverage: the share of each class in what the judge sees in x}.
+    Returns {"frechet", "precision", "recall", "two_sample" and "two_sample_pixels": (real half,
+    fake half), "class_coverage": the share of each class in what the judge sees in x}.
     """
     features = finetune.encode(judge, x)
     precision, recall = precision_recall(real_features, features)
-    logits = common.in_batches(judge, x)
+    logits = judge.head(features)
     return {"frechet": frechet_distance(real_features, features), "precision": precision,
             "recall": recall, "two_sample": two_sample(real_features, features),
             "two_sample_pixels": two_sample(real_x, x),
@@ -400,7 +405,7 @@ def draw_curves(run, rows, train_frechet, data_name):
 
 
 def draw_samples(run, netG, data, x_train, album):
-    """Figure 25, the nearest training images, one noise over the epochs, a walk between two.
+    """Figure 25, the nearest training images, samples over the epochs, a walk between two.
 
     album: images of the same noise vectors, (10, 1, 28, 28) for each epoch.
     """
@@ -411,7 +416,7 @@ def draw_samples(run, netG, data, x_train, album):
     rows = {"generated": x[:14], "nearest in\ntraining set": nearest(x[:14], x_train)[0]}
     common.draw_rows(run, "nearest", rows, 14, f"{data.name}: does the generator copy?",
                      "Alike, or the same?")
-    epochs = np.unique(np.geomspace(1, len(album), 8).round().astype(int))
+    epochs = np.unique(np.geomspace(1, len(album), 8).round().astype(int))  # more of the first ones
     common.draw_rows(run, "epochs", {f"epoch {e}": album[e - 1] for e in epochs}, len(album[0]),
                      f"{data.name}: the same noise vectors over the epochs",
                      "When do shapes settle, and when details?")
@@ -450,30 +455,31 @@ def ablate(args, data, seeds=2):
     """Train each variant of the recipe with each seed, all equally long; returns the metrics.
 
     On validation data: which ingredient to take is a choice. The variants share each seed's split
-    and judge; a difference no larger than that between the seeds of the first one is none. Widths
-    and batch size also differ between the two recipes and are not varied.
+    and judge; a difference no larger than that between the seeds of the first one shows nothing.
+    Widths and batch size also differ between the two recipes and are not varied.
     """
     run = common.Run(args, data, columns=("d_loss", "g_loss", "val_frechet"))
     judge = finetune.load_judge(args, data)
     ablation = {}
     for name, change in VARIANTS[args.recipe].items():
-        ends = []
+        last = []  # epoch of each seed
         for seed in range(args.seed, args.seed + seeds):
             train_idx, val_idx = common.split(data.y_train, seed)
             _, rows, _ = fit(
                 common.with_flags(args, **change), run, f"{name}, seed {seed}", (seed,),
                 data.x_train[train_idx], judge, finetune.encode(judge, data.x_train[val_idx]))
-            ends.append(rows[-1])
-        ablation[name] = {**{k: statistics.mean(row[k] for row in ends) for k in (
-            "val_frechet", "d_loss", "g_loss")}, "each": [row["val_frechet"] for row in ends]}
+            last.append(rows[-1])
+        ablation[name] = {k: statistics.mean(row[k] for row in last)
+                          for k in ("val_frechet", "d_loss", "g_loss")}
+        ablation[name]["each"] = [row["val_frechet"] for row in last]
     common.draw_ablation(run, {name: row["each"] for name, row in ablation.items()},
                          "Frechet distance to validation images",
                          f"{data.name}, {args.epochs} epochs each")
-    best_first = sorted(ablation.items(), key=lambda item: item[1]["val_frechet"])
-    return run.finish({"ablation": ablation}, common.table([
-        ("Frechet distance, validation", "mean", "each seed", "D loss", "G loss"),
-        *((name, row["val_frechet"], " ".join(f"{v:.1f}" for v in row["each"]), row["d_loss"],
-           row["g_loss"]) for name, row in best_first)]))
+    table = [("Frechet distance, validation", "mean", "each seed", "D loss", "G loss")]
+    for name, row in sorted(ablation.items(), key=lambda item: item[1]["val_frechet"]):
+        table.append((name, row["val_frechet"], " ".join(f"{v:.1f}" for v in row["each"]),
+                      row["d_loss"], row["g_loss"]))
+    return run.finish({"ablation": ablation}, common.table(table))
 
 
 def shuffled(x, seed):
@@ -488,7 +494,7 @@ def fit_density(codes, components, seed):
 
 def sample_density(net, density, n, seed):
     """n images (n, 1, 28, 28) that an autoencoder decodes from draws of a density of its codes."""
-    density.random_state = seed
+    density.random_state = seed  # of its sample()
     z = shuffled(torch.tensor(density.sample(n)[0]).float(), seed)  # sample() sorts its points
     return vae.decode(net, z.to(next(net.parameters()).device))  # an AE has a decoder too
 
@@ -543,21 +549,22 @@ def compare(args, data):
     results = {}
     for name, each in judged.items():
         results[name] = {}
-        for key in each[0]:  # of each a mean, and of numbers a spread too
-            values = [row[key] for row in each]
-            results[name][key] = np.mean(values, axis=0).tolist()
-            if isinstance(values[0], float):
-                results[name][f"{key}_std"] = statistics.stdev(values)
+        for key in each[0]:  # a number, or several: of halves, of classes
+            values = np.array([row[key] for row in each])
+            results[name][key] = values.mean(0).tolist()
+            if values.ndim == 1:
+                results[name][f"{key}_std"] = values.std(ddof=1).item()
     common.draw_rows(run, "generators", {
         f"{name}\nFrechet {results[name]['frechet']:.1f}": x for name, x in shown.items()}, 14,
         f"{data.name}: which model is the best generator?",
         "Look for blur, and for kinds of clothes that are never made.")
+    table = [("", "Frechet", "precision", "recall", "1-NN: real", "generated")]
+    for name, r in results.items():
+        table.append((name, r["frechet"], r["precision"], r["recall"], *r["two_sample"]))
     return run.finish({"samples": len(data.x_test), "generators": results, "runs": folders}, [
-        "mean of three sets of samples of one training each; 1-NN: the share of real and of "
-        "generated", "images that are recognised", "", *common.table([
-            ("", "Frechet", "precision", "recall", "1-NN: real", "generated"),
-            *((name, r["frechet"], r["precision"], r["recall"], *r["two_sample"])
-              for name, r in results.items())])])
+        "means over three sets of samples, of one training each",
+        "1-NN: which share of the real and of the generated images is recognised", "",
+        *common.table(table)])
 
 
 # --------------------------------------------------------------------------- main
@@ -584,18 +591,19 @@ def main(argv=None):
     found = judge_images(judge, x, data.x_test, test_features)
     # the judge was trained on most of these, so this is not quite the floor of new images
     floor = judge_images(judge, x_train[:n], data.x_test, test_features)
-    # closer to the training images than test images are: copies, or blur, for a smooth image
-    # is near to everything; nearest.png tells which
+    # if samples lie closer to training images than test images do, they are copies or blurred (a
+    # smooth image is near to everything); nearest.png shows which of the two
     near, near_test = (nearest(images, x_train)[1].median().item()
                        for images in (x[:1000], data.x_test[:1000]))
-    draw_curves(run, rows, frechet_distance(
-        finetune.encode(judge, x_train[:len(x_val) // 2]), val_features), data.name)
+    train_features = finetune.encode(judge, x_train[:len(x_val) // 2])
+    draw_curves(run, rows, frechet_distance(train_features, val_features), data.name)
     draw_samples(run, netG, data, x_train, album)
 
     first, last, best = rows[0], rows[-1], min(rows, key=lambda row: row["val_frechet"])
     metrics = {
         **found, **{f"{k}_floor": v for k, v in floor.items()}, "nearest": near,
-        "nearest_floor": near_test,  # the losses are the last epoch's, the samples the best one's
+        "nearest_floor": near_test,
+        # the losses are the last epoch's, the samples the best one's
         **{k: last[k] for k in ("d_loss", "g_loss", "d_accuracy_real", "d_accuracy_fake")},
         "samples": n, "g_gradient": [first["g_gradient"], last["g_gradient"]],
         "val_frechet": best["val_frechet"], "best_epoch": best["epoch"],

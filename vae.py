@@ -33,13 +33,10 @@ RECIPES = {
     # report flips its images; it gives no rate, batch or epochs
     "report": {"sigma": math.sqrt(0.5), "augment": "flip"},
 }
-# a flag that starts many trainings instead of one, and all others that go with it
-MODES = {"sweep": ("beta", "latent_dim", "hidden", "filters", "decoder_filters", "sigma",
-                   "start_class", "dims", "epochs", "lr", "batch_size", "augment", "recipe")}
 
 
 def defaults(args):
-    """The defaults that other flags change."""
+    """The defaults that these flags change, {flag: value}; common.parse asks for them."""
     return RECIPES[args.recipe] | ({"epochs": 3} if args.fast else {})
 
 
@@ -69,8 +66,9 @@ def parse_args(argv=None):
                        "traversals start; without it Bag, the 8 of the digits, or the last class")
     group.add_argument("--dims", type=number(int, 0, 783), nargs=2, metavar="D",
                        help="dimensions to traverse, from 0; without it those with the largest KL")
-    common.add_run_flags(parser)
-    args = common.parse(parser, "vae", argv, defaults, MODES)
+    args = common.parse(parser, "vae", argv, defaults)
+    if args.sweep and args.folds > 1:
+        parser.error("--folds does not go with --sweep")
     if args.dims and max(args.dims) >= args.latent_dim:
         parser.error(f"--dims {max(args.dims)}: z has dimensions 0 to {args.latent_dim - 1}")
     return args
@@ -98,7 +96,7 @@ class Encoder(nn.Module):
         x = self.block1(x)              # (B, f1, 13, 13)
         x = self.block2(x).flatten(1)   # (B, f2 * 25): 5x5 pixels in each map
         x = self.linear(x)              # (B, hidden); as it is if hidden is 0
-        return self.mu(x), self.logvar(x).clamp(max=20)  # exp(200) would be inf
+        return self.mu(x), self.logvar(x).clamp(max=20)  # far above any of use: exp stays finite
 
 
 class Decoder(nn.Module):
@@ -120,6 +118,16 @@ class Decoder(nn.Module):
         return torch.sigmoid(self.out(x))
 
 
+def reparameterize(mu, logvar, rng):
+    """z (B, D) ~ N(mu, exp(logvar)), written so that gradients reach mu and logvar.
+
+    The randomness is in eps, which depends on nothing (Kingma and Welling, arXiv 1312.6114, 2.4).
+    It is drawn on the CPU: the same on every device.
+    """
+    eps = torch.randn(mu.shape, generator=rng).to(mu.device)
+    return mu + torch.exp(0.5 * logvar) * eps
+
+
 class VAE(nn.Module):
     """x (B, 1, 28, 28) -> recon_x (B, 1, 28, 28), mu, logvar (B, D).
 
@@ -132,9 +140,10 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder = Encoder(latent_dim, hidden, filters)
         self.decoder = Decoder(latent_dim, hidden, decoder_filters)
-        # learned from 0.37 on, about the spread of the pixels themselves
-        self.log_sigma = nn.Parameter(torch.tensor(-1.0 if sigma is None else math.log(sigma)),
-                                      requires_grad=sigma is None)
+        if sigma is None:  # learned, from exp(-1) on: about the spread of the pixels themselves
+            self.log_sigma = nn.Parameter(torch.tensor(-1.0))
+        else:
+            self.log_sigma = nn.Parameter(torch.tensor(math.log(sigma)), requires_grad=False)
 
     def forward(self, x, rng):
         mu, logvar = self.encoder(x)
@@ -151,16 +160,6 @@ def build(args):
 def load_run(folder):
     """The VAE that a finished run of this script shows."""
     return common.load_run(folder, "vae", parse_args, build)
-
-
-def reparameterize(mu, logvar, rng):
-    """z (B, D) ~ N(mu, exp(logvar)), written so that gradients reach mu and logvar.
-
-    The randomness is in eps, which depends on nothing (Kingma and Welling, arXiv 1312.6114, 2.4).
-    It is drawn on the CPU: the same on every device.
-    """
-    eps = torch.randn(mu.shape, generator=rng).to(mu.device)
-    return mu + torch.exp(0.5 * logvar) * eps
 
 
 # --------------------------------------------------------------------------- loss
@@ -187,8 +186,9 @@ def loss_function(recon_x, x, mu, logvar, log_sigma, beta):
 
     With beta 1 it is minus the ELBO, a bound on log p(x). Both terms are sums, over pixels and
     over latents. The popular shortcut, F.mse_loss(recon_x, x) + KL, divides only the first by 784:
-    up to a factor and a constant it is this loss with sigma 1 and beta 392. Only beta * sigma^2
-    matters for a fixed sigma; a learned one settles at the root of the MSE, here about 0.1.
+    392 times it, MSE * 784 / 2 + 392 * KL, is this loss with sigma 1 and beta 392, up to a
+    constant. For a fixed sigma only beta * sigma^2 matters: multiply the loss by 2 * sigma^2. A
+    learned one settles at the root of the MSE, here about 0.1.
     """
     return (gaussian_nll(recon_x, x, log_sigma) + beta * kl_divergence(mu, logvar).sum(1)).mean()
 
@@ -200,7 +200,7 @@ def train_epoch(model, x, optimizer, schedule, args, rng):
     """One pass over x (N, 1, 28, 28); returns the mean loss in nats per image."""
     model.train()
     total = 0.0
-    for idx in common.batches(len(x), args.batch_size, rng, x.device):
+    for idx in common.batches(x, args.batch_size, rng):
         batch = common.augment(x[idx], args.augment, rng)
 
         recon_x, mu, logvar = model(batch, rng)
@@ -226,6 +226,7 @@ def fit(args, run, part, seeds, x_train, x_val):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, epochs=args.epochs,
         steps_per_epoch=math.ceil(len(x_train) / args.batch_size))
+    # 1; of an interrupted run the next epoch, and all three are given back what they had learned
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
@@ -237,8 +238,8 @@ def fit(args, run, part, seeds, x_train, x_val):
             score=unseen["loss"], beta=args.beta, train_loss=train_loss, seen_loss=seen["loss"],
             val_loss=unseen["loss"], train_mse=seen["mse"], val_mse=unseen["mse"],
             val_kl=unseen["kl"], val_elbo=unseen["elbo"], active_units=unseen["active_units"])
-    run.load_best(model)
-    if min(run.rows, key=lambda row: row["val_loss"])["active_units"] == 0:  # of these weights
+    best = run.load_best(model)
+    if best["active_units"] == 0:
         print(f"warning: posterior collapse at beta {args.beta:g}: no latent unit is active, the "
               "decoder ignores z. Try a smaller --beta", file=sys.stderr)
     return model, run.rows
@@ -251,7 +252,8 @@ def fit(args, run, part, seeds, x_train, x_val):
 def encode(model, x):
     """mu, logvar (N, D) in evaluation mode, order kept. As a code, take mu: it has no noise."""
     model.eval()
-    codes = common.in_batches(lambda batch: torch.stack(model.encoder(batch), 1), x)  # (N, 2, D)
+    # as one tensor (N, 2, D), since in_batches joins one tensor of each batch
+    codes = common.in_batches(lambda batch: torch.stack(model.encoder(batch), 1), x)
     mu, logvar = codes.unbind(1)
     return mu, logvar
 
@@ -270,27 +272,34 @@ def reconstruct(model, x):
 
 @torch.no_grad()
 def evaluate(model, x, beta):
-    """Means over all of x: mse per pixel at z = mu; loss, kl and elbo in nats per image.
+    """Means over all of x as a dict: mse per pixel at z = mu; loss, kl and elbo in nats per image.
 
     Also beta as given; kl_per_dim, a list; active_units, the number of latents whose mu varies over
-    the images by more than 0.01 (Burda et al., arXiv 1509.00519); total_correlation in nats, how
-    far the latents are from independent of each other, if z were Gaussian. The noise is the same in
-    each call, from a generator of its own: evaluating does not change the training.
+    the images by more than 0.01 (Burda et al., arXiv 1509.00519); total_correlation. The noise is
+    the same in each call, from a generator of its own: evaluating does not change the training.
     """
     mu, logvar = encode(model, x)
     z = reparameterize(mu, logvar, torch.Generator().manual_seed(0))
     nll = gaussian_nll(decode(model, z), x, model.log_sigma).mean()
     kl = kl_divergence(mu, logvar).mean(0)  # (D,)
-    # covariance of z over all images: that of the means plus the mean variance. With it, the KL of
-    # N(0, cov) from the product of its marginals is (sum of log variances - log det cov) / 2
-    cov = torch.cov(mu.T) + logvar.exp().mean(0).diag()
-    cov = cov.cpu().double()  # a determinant of up to 784 small numbers
-    correlation = 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()
     return {"beta": beta, "loss": (nll + beta * kl.sum()).item(),
             "mse": F.mse_loss(decode(model, mu), x).item(), "kl": kl.sum().item(),
             "elbo": -(nll + kl.sum()).item(), "kl_per_dim": kl.tolist(),
             "active_units": (mu.var(0) > 0.01).sum().item(),
-            "total_correlation": correlation if math.isfinite(correlation) else None}
+            "total_correlation": total_correlation(mu, logvar)}
+
+
+def total_correlation(mu, logvar):
+    """In nats, how far the latents are from independent of each other, if z were Gaussian.
+
+    mu, logvar: (N, D). That is the KL of N(0, cov) from the product of its marginals, (sum of log
+    variances - log det cov) / 2. None where it is not finite: a latent that never varies.
+    """
+    # covariance of z over all images: that of the means plus the mean variance
+    cov = torch.cov(mu.T) + logvar.exp().mean(0).diag()
+    cov = cov.cpu().double()  # a determinant of up to 784 small numbers
+    correlation = 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()
+    return correlation if math.isfinite(correlation) else None
 
 
 # --------------------------------------------------------------------------- figures
@@ -307,9 +316,9 @@ def draw_traversals(run, model, data, mu, dims):
     """Figures 21 to 23: what two dimensions of z do to a test image, alone and together."""
     names = [name.lower() for name in data.classes]
     start = start_class(run.args, data)
-    z = mu[data.y_test == start][:1]  # (1, D)
+    z = mu[data.y_test == start][:1]  # (1, D), the code of its first test image
     values = torch.linspace(-3, 3, 11, device=z.device)
-    ticks = [f"{v:z.1f}" for v in values.tolist()]  # z: no minus before 0.0
+    ticks = [f"{v:z.1f}" for v in values.tolist()]  # z: 0.0 without a minus
     title = f"{data.name}, from the code of a test {names[start]}"
     for number, d in zip((21, 22), dims, strict=True):
         common.draw_rows(run, f"fig{number}_traversal",
@@ -317,8 +326,10 @@ def draw_traversals(run, model, data, mu, dims):
                          "One dimension of the code moves, all others stay: what does it encode?",
                          ticks)
     first, second = dims
-    rows = {f"z[{first}] = {t}": decode(model, traverse(row[None], second, values))
-            for t, row in zip(ticks, traverse(z, first, values), strict=True)}
+    rows = {}
+    for tick, value in zip(ticks, values, strict=True):
+        moved = traverse(z, first, value[None])
+        rows[f"z[{first}] = {tick}"] = decode(model, traverse(moved, second, values))
     common.draw_rows(run, "fig23_traversal_both", rows, 11, f"{title}; across: z[{second}]",
                      "Two dimensions at once: do they act independently of each other?", ticks)
 
@@ -327,20 +338,22 @@ def start_class(args, data):
     """Index of --start-class; without it Bag, the digit 8, or the last class."""
     names = [name.lower() for name in data.classes]
     if args.start_class is None:
-        return min(8, len(names) - 1)
+        there = data.y_test.unique().tolist()  # class 8 of FashionMNIST is Bag
+        return there[min(8, len(there) - 1)]
     if args.start_class.lower() not in names:
         common.fail(f"--start-class {args.start_class}: the classes are {', '.join(names)}")
     return names.index(args.start_class.lower())
 
 
-def by_kl(test):
-    """The dimensions of z, those that carry most first; test: what evaluate returns."""
-    return sorted(range(len(test["kl_per_dim"])), key=lambda d: -test["kl_per_dim"][d])
+def by_kl(kl_per_dim):
+    """The dimensions of z, those that carry most first."""
+    return sorted(range(len(kl_per_dim)), key=lambda d: -kl_per_dim[d])
 
 
 def draw_kl(run, test, data_name):
     """KL per dimension, sorted: dimensions near zero carry nothing."""
-    order, kl_per_dim = by_kl(test), test["kl_per_dim"]
+    kl_per_dim = test["kl_per_dim"]
+    order = by_kl(kl_per_dim)
     fig = Figure(figsize=(8, 3.2), layout="constrained")
     ax = fig.subplots()
     ax.bar([str(d) for d in order], [kl_per_dim[d] for d in order])
@@ -392,15 +405,15 @@ def draw_sweep(run, models, tests, data, pca_mse):
     ax.legend()
     noise = torch.randn(40, len(tests[0]["kl_per_dim"]), generator=common.seed_everything(0))
     axes = bottom.subplots(len(models), 3, squeeze=False)
-    start = data.y_test == start_class(run.args, data)
+    start = data.x_test[data.y_test == start_class(run.args, data)][:1]
     for row, model, t in zip(axes, models, tests, strict=True):
         mu = encode(model, data.x_test[:40])[0]
-        z = encode(model, data.x_test[start][:1])[0]
+        z = encode(model, start)[0]
         values = torch.linspace(-3, 3, 10, device=z.device)
-        moved = torch.cat([traverse(z, d, values) for d in by_kl(t)[:4]])
-        for ax, codes, what in zip(row, (mu, noise.to(mu.device), moved), (
-                "test images rebuilt", "samples from the prior",
-                "its strongest dimensions, -3 to 3"), strict=True):
+        moved = torch.cat([traverse(z, d, values) for d in by_kl(t["kl_per_dim"])[:4]])
+        panels = {"test images rebuilt": mu, "samples from the prior": noise.to(mu.device),
+                  "its strongest dimensions, -3 to 3": moved}
+        for ax, (what, codes) in zip(row, panels.items(), strict=True):
             common.show_images(ax, decode(model, codes), columns=10)
             ax.set_title(f"beta {t['beta']:g}: {what}", fontsize=9)
     run.save(fig, "sweep", "Read the columns downwards: what gets lost first, what gets cleaner?")
@@ -412,7 +425,7 @@ COLUMNS = ("train_loss", "val_loss", "val_mse", "val_kl")  # of an epoch, to pri
 
 
 def describe(run, model, test, rows, data, x_train):
-    """Figures 16 to 23 and what else shows one VAE; returns its metrics.
+    """Draw figures 16 to 23 and what else shows one VAE; returns its metrics.
 
     test: what evaluate returns of the test images. rows: its epochs.
     """
@@ -426,22 +439,22 @@ def describe(run, model, test, rows, data, x_train):
         "MSE per pixel at z = mu": ("train_mse", "val_mse")},
         f"{data.name}: VAE, latent {args.latent_dim}, beta {test['beta']:g}",
         "Does the validation curve part from that of training images?")
-    dims = args.dims or by_kl(test)[:2]
+    dims = args.dims or by_kl(test["kl_per_dim"])[:2]
     knn = common.draw_latent(run, mu, data, dims, numbers=(18, 19, 20))
     draw_traversals(run, model, data, mu, dims)
     draw_kl(run, test, data.name)
     draw_samples(run, model, data, mu)
     if args.latent_dim == 2:
         draw_plane(run, model, mu, data)
-    return {**test_numbers(model, test), "knn_accuracy": knn,
+    return {**result(model, test), "knn_accuracy": knn,
             "pca_mse": F.mse_loss(recon_pca, data.x_test).item(),
             "train_mse": F.mse_loss(reconstruct(model, x_train), x_train).item(),
             "latent_dim": args.latent_dim,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
-def test_numbers(model, test):
-    """The test numbers of one network, for metrics.json; test: what evaluate returns."""
+def result(model, test):
+    """What metrics.json says of one network; test: what evaluate returns of the test images."""
     return {"beta": test["beta"], "sigma": model.log_sigma.exp().item(),
             **{f"test_{k}": test[k] for k in ("mse", "kl", "elbo")},
             **{k: test[k] for k in ("active_units", "kl_per_dim", "total_correlation")}}
@@ -460,7 +473,10 @@ def result_rows(names, val, tests, metrics):
 
 
 def sweep(args, data):
-    """One training per beta, from the same draws; returns the metrics. Main numbers: of --beta."""
+    """One training per beta, from the same draws; returns the metrics.
+
+    Figures and the metrics outside "sweep" are those of --beta, or of the last one.
+    """
     args.sweep = list(dict.fromkeys(args.sweep))  # no beta twice
     train_idx, val_idx = common.split(data.y_train, args.seed)
     x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]
@@ -476,7 +492,7 @@ def sweep(args, data):
     shown = args.sweep.index(args.beta) if args.beta in args.sweep else -1
     metrics = describe(run, models[shown], tests[shown], histories[shown], data, x_train)
     metrics |= {"val_mse": val[shown]["mse"], "sweep": [
-        test_numbers(*pair) for pair in zip(models, tests, strict=True)]}
+        result(model, test) for model, test in zip(models, tests, strict=True)]}
     draw_sweep(run, models, tests, data, metrics["pca_mse"])
     return run.finish(metrics, common.table(result_rows(
         [f"beta {beta:g}" for beta in args.sweep], val, tests, metrics)), models[shown])
@@ -495,17 +511,17 @@ def main(argv=None):
     run = common.Run(args, data, columns=COLUMNS)
     tests, val = [], []
     splits = common.splits(data.y_train, args.folds, args.seed)
-    for fold, (name, split) in enumerate(splits.items()):
-        x_train, x_val = (data.x_train[idx] for idx in split)
+    for fold, (name, (train_idx, val_idx)) in enumerate(splits.items()):
+        x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]
         model, rows = fit(args, run, name, (args.seed, fold), x_train, x_val)
         val.append(evaluate(model, x_val, args.beta))
         tests.append(evaluate(model, data.x_test, args.beta))  # the one look at the test set
 
-    # figures and the other numbers are those of the last fold
+    # figures and the other numbers are those of the last fold: model, rows, x_train
     metrics = describe(run, model, tests[-1], rows, data, x_train)
     metrics |= {"folds": args.folds, **common.over_folds([
         {"val_mse": v["mse"], "test_mse": t["mse"]} for v, t in zip(val, tests, strict=True)])}
-    table = result_rows(splits, val, tests, metrics)
+    table = result_rows(list(splits), val, tests, metrics)
     if args.folds > 1:
         table.append(("mean of the folds", metrics["val_mse"], metrics["test_mse"], None, None))
     return run.finish(metrics, common.table(table), model)

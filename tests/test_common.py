@@ -33,7 +33,6 @@ def parse_args(argv):
     parser.add_argument("--price", type=common.number(float, 0, 1), default=0.5)
     parser.add_argument("--storage")
     common.add_training_flags(parser, RECIPES, epochs=3, batch_size=64, lr=0.1, augment="none")
-    common.add_run_flags(parser)
     return common.parse(parser, "ae", argv, defaults, MODES)
 
 
