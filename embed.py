@@ -102,7 +102,8 @@ def map_tsne(x, perplexity, seed):
     """t-SNE (N, 2) of x (N, 1, 28, 28): of its first 50 principal components.
 
     With all 784 pixels most of the time would go into the search for neighbours. t-SNE moves the
-    points themselves, it learns no function of x: a new image has no place, a place no image.
+    points themselves, it learns no function of x: a new image has no place, a place no image. It
+    starts from the first two components, so that the seed hardly changes a thing.
     """
     print(f"t-SNE of {len(x):,} points with perplexity {perplexity:g}", flush=True)
     clock = time.perf_counter()

@@ -43,7 +43,20 @@ class Folder:
         self.folder = folder
 
     def save(self, fig, name, caption=""):
-        fig.savefig(self.folder / f"{name}.png", dpi=common.DPI, bbox_inches="tight")
+        file = self.folder / f"{name}.png"
+        fig.savefig(file, dpi=common.DPI, bbox_inches="tight")
+        shrink(file, file)
+
+
+def shrink(source, target):
+    """Write a picture in few colours, and smaller until it has less than 500 kB."""
+    image = Image.open(source).convert("RGB")
+    for scale in (1, 0.75, 0.6):
+        small = image.resize([round(scale * side) for side in image.size])
+        grey = np.ptp(np.asarray(small), axis=2).max() == 0  # rare colours need more
+        small.quantize(64 if grey else 256, dither=Image.Dither.NONE).save(target, optimize=True)
+        if target.stat().st_size < 500_000:
+            break
 
 
 def copy_runs(runs):
@@ -58,17 +71,8 @@ def copy_runs(runs):
             if file.exists():
                 shutil.copy(file, target)
         for file in folder.glob("*.png"):
-            if f"{folder.name}/{file.name}" not in pages:
-                continue
-            image = Image.open(file).convert("RGB")
-            for scale in (1, 0.75, 0.6):
-                size = [round(scale * side) for side in image.size]
-                small = image.resize(size)
-                grey = np.ptp(np.asarray(small), axis=2).max() == 0  # rare colours need more
-                small.quantize(64 if grey else 256, dither=Image.Dither.NONE).save(
-                    target / file.name, optimize=True)
-                if (target / file.name).stat().st_size < 500_000:
-                    break
+            if f"{folder.name}/{file.name}" in pages:
+                shrink(file, target / file.name)
 
 
 def draw_finetune(data):
@@ -157,6 +161,20 @@ def draw_sight(runs, data):
     Folder(RESULTS / "gan").save(fig, "sight")
 
 
+def draw_starts(data):
+    """t-SNE of the same 2,000 images, from the PCA and from random places, three seeds each."""
+    x, y = data.x_test[:2000], data.y_test[:2000].numpy()
+    fig = Figure(figsize=(13, 8), layout="constrained")
+    for row, init in zip(fig.subplots(2, 3), ("pca", "random"), strict=True):
+        for seed, ax in enumerate(row):
+            points = TSNE(init=init, random_state=seed).fit_transform(common.pixels(x))
+            common.scatter(ax, points, y, data.classes)
+            embed.draw_names(ax, points, y, data.classes)
+            accuracy, _ = common.knn_accuracy(points, y)
+            ax.set(xticks=[], yticks=[], title=f"from {init}, seed {seed}: 5-NN {accuracy:.3f}")
+    Folder(RESULTS / "embed").save(fig, "starts")
+
+
 def seeds(folder, name):
     """The folders of a run with each of its seeds, those that are there."""
     return [f for f in sorted(folder.glob(f"{name}*"))
@@ -201,6 +219,7 @@ def main():
     draw_recipes(runs)
     draw_sight(runs, data)
     draw_strip(runs, data)
+    draw_starts(data)
 
 
 if __name__ == "__main__":
