@@ -161,3 +161,12 @@ def test_transfer_starts_from_the_other_classes_alone(fewer, monkeypatch, no_fig
             assert old.keys() - start.keys() == {k for k in old if k.startswith("head")}
             assert all(weights[k].equal(old[k]) for k in start)
     assert len(trainings) == 3 * (1 + 2 * 2)
+
+
+def test_transfer_where_splits_differ_by_an_image(monkeypatch, no_figures):
+    """A number of labels that only some of the three seeds have."""
+    monkeypatch.setattr(finetune, "fit", lambda *args: (finetune.CNN(5), []))
+    for name in ("probe", "evaluate"):
+        monkeypatch.setattr(finetune, name, lambda *args: (0.0, 0.5))
+    result = finetune.main([*FAST, "--transfer", "--seed", "2"])["transfer"]
+    assert all(len(p["each"]) == 3 for points in result.values() for p in points.values())
