@@ -53,14 +53,17 @@ def fail(message, status=2):
 
 def start(main):
     """Run a script's main from the command line: what ends it early is one line and a status."""
+    def advice():
+        return f"go on with: {Run.resume}" if Run.resume else "repeat the command"
+
     try:
         main()
     except KeyboardInterrupt:
-        fail(f"interrupted; {Run.go_on}", status=130)
+        fail(f"interrupted; {advice()}", status=130)
     except FloatingPointError as error:
         fail(f"{error}: try a smaller --lr; the epochs before it are saved", status=1)
     except OSError as error:
-        fail(f"cannot read or write ({error}); {Run.go_on}", status=1)
+        fail(f"cannot read or write ({error}); {advice()}", status=1)
     except (MemoryError, RuntimeError) as error:  # a GPU's "out of memory" is a RuntimeError
         if not isinstance(error, MemoryError) and not any(
                 words in str(error) for words in ("out of memory", "allocate", "bad_alloc")):
@@ -185,7 +188,7 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None)
             if given[flag] is not None and flag not in (mode, *takes):
                 parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
     return with_flags(args, device=pick_device(args.device), argv=words, begun=begun, script=script,
-                      runs=runs or {}, typed=argv is None)  # typed: not called by another script
+                      runs=runs or {})
 
 
 def with_flags(args, **flags):
@@ -512,6 +515,39 @@ def shell(*words):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def new_config(args):
+    """What config.json says of a run: command, flags, code, machine, versions."""
+    modules = (torch, torchvision, np, sklearn, matplotlib)
+    return {
+        "script": args.script, "command": shell("python", f"{args.script}.py", *args.argv),
+        "argv": args.argv, "data": args.data, "seed": args.seed, "device": args.device,
+        "flags": {k: v for k, v in vars(args).items()
+                  if k not in ("argv", "begun", "script", "runs", "out_dir", "resume")},
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
+                   + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""),
+        "source": digest(args.script),
+        "versions": {"python": platform.python_version(),
+                     **{m.__name__: str(m.__version__) for m in modules}}}
+
+
+def new_folder(args, config):
+    """--out-dir, refused unless new or empty; or runs/SCRIPT-TIME, new in any case."""
+    name = args.out_dir or time.strftime(f"runs/{args.script}-%Y%m%d-%H%M%S")
+    try:
+        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+            folder = Path(name + suffix)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not any(folder.iterdir()):
+                with open(folder / "config.json", "x") as f:  # x: no other run took it just now
+                    json.dump(config, f, indent=2)
+                return folder
+            if args.out_dir:
+                fail(f"--out-dir {shell(name)} is not empty: name a new folder, or go on with "
+                     f"the run in it by --resume {shell(name)}")
+    except OSError as error:
+        fail(f"cannot write to {name} ({error.strerror}): name another with --out-dir")
+
+
 class Run:
     """The folder of a run: config.json, log.jsonl, metrics.json, index.html, figures, checkpoints.
 
@@ -520,7 +556,7 @@ class Run:
     are the epochs of the present part, history those of all.
     """
 
-    go_on = "repeat the command"  # what start() advises whoever is interrupted
+    resume = None  # the command that goes on with the first run of this process, for start()
 
     def __init__(self, args, data, columns=()):
         """columns: the numbers of an epoch to print; log.jsonl has all of them."""
@@ -532,47 +568,19 @@ class Run:
                 fail(f"{name} is a run on other data than {args.data}")
             if name and not Path(name, "model.pt").is_file():
                 fail(f"the run in {name} is not finished, or made no model")
-        machine = (f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
-                   + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
-        modules = (torch, torchvision, np, sklearn, matplotlib)
-        self.config = {
-            "script": args.script, "command": shell("python", f"{args.script}.py", *args.argv),
-            "argv": args.argv, "data": args.data, "seed": args.seed, "device": args.device,
-            "flags": {k: v for k, v in vars(args).items() if k not in (
-                "argv", "begun", "script", "typed", "runs", "out_dir", "resume")},
-            "machine": machine, "source": digest(args.script),
-            "versions": {"python": platform.python_version(),
-                         **{m.__name__: str(m.__version__) for m in modules}}}
-        self.folder = Path(args.resume) if args.begun else self.new_folder()
-        self.again = shell("python", sys.argv[0] if args.typed else f"{args.script}.py",
-                           "--resume", str(self.folder))
-        if args.typed:  # not where another script asked for this training: its command is repeated
-            Run.go_on = f"go on with: {self.again}"
+        config = new_config(args)
+        self.config = args.begun or config
+        self.folder = Path(args.resume) if args.begun else new_folder(args, config)
+        self.again = shell("python", f"{args.script}.py", "--resume", str(self.folder))
+        if not Run.resume:  # the first run of the process: others are trainings that it asked for
+            Run.resume = self.again
         print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
-              f"{args.device}; {machine}; writing to {self.folder}", flush=True)
+              f"{args.device}; {config['machine']}; writing to {self.folder}", flush=True)
         changed = [key for key in ("source", "machine", "versions")
-                   if args.begun and args.begun.get(key) != self.config[key]]
+                   if self.config.get(key) != config[key]]
         if changed:
             print(f"warning: since this run began its {' and '.join(changed)} changed: its numbers "
                   "may not be those of an uninterrupted one", file=sys.stderr)
-        self.config = args.begun or self.config
-
-    def new_folder(self):
-        """--out-dir, refused unless new or empty; or runs/SCRIPT-TIME, new in any case."""
-        name = self.args.out_dir or time.strftime(f"runs/{self.args.script}-%Y%m%d-%H%M%S")
-        try:
-            for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-                folder = Path(name + suffix)
-                folder.mkdir(parents=True, exist_ok=True)
-                if not any(folder.iterdir()):
-                    with open(folder / "config.json", "x") as f:  # x: no other run took it just now
-                        json.dump(self.config, f, indent=2)
-                    return folder
-                if self.args.out_dir:
-                    fail(f"--out-dir {shell(name)} is not empty: name a new folder, or go on with "
-                         f"the run in it by --resume {shell(name)}")
-        except OSError as error:
-            fail(f"cannot write to {name} ({error.strerror}): name another with --out-dir")
 
     def begin(self, part, epochs, model, **others):
         """Begin a part, or go on with it; returns the first of its epochs still to be trained.

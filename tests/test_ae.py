@@ -326,7 +326,6 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, no_figures, monkeypat
 
 def test_interrupted_and_nan(few, no_figures, monkeypatch, fails):
     """Ctrl-C or a diverging loss ends in a traceback, or costs the last good checkpoint."""
-    monkeypatch.setattr(common.Run, "go_on", common.Run.go_on)  # put back after the test
     train_epoch, calls = ae.train_epoch, []
 
     def second_epoch(*args):

@@ -78,11 +78,10 @@ def test_modes_refuse_what_they_would_ignore(fails, words, said):
     (torch.OutOfMemoryError("CUDA out of memory."), 1, "--batch-size"),
     (RuntimeError("std::bad_alloc"), 1, "--batch-size"), (MemoryError(), 1, "--batch-size"),
     (SystemExit(2), 2, None)])
-def test_what_ends_a_run_is_one_line(monkeypatch, capsys, error, status, said):
+def test_what_ends_a_run_is_one_line(capsys, error, status, said):
     """Forty lines of traceback for a network that is too large, or status 0 for a failure."""
     def run():
         raise error
-    monkeypatch.setattr(common.Run, "go_on", "repeat the command")
     with pytest.raises(SystemExit) as exit_info:
         common.start(run)
     lines = capsys.readouterr().err.splitlines()

@@ -318,7 +318,6 @@ def test_interrupted(known, fast_run, no_figures, monkeypatch, fails):
     """Advice that does not work; a resumed run with other maps; a folder that is written into."""
     def interrupt(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(common.Run, "go_on", common.Run.go_on)  # restored after this test
     monkeypatch.setattr("sys.argv", ["embed.py", *known, "--out-dir", "a b"])
     with monkeypatch.context() as patch:
         patch.setattr(embed, "map_tsne", interrupt)

@@ -161,14 +161,21 @@ def test_a_full_disk_keeps_the_last_checkpoint(fails, monkeypatch):
         yield 0.5
         monkeypatch.setattr(common.os, "fsync", full)
         yield 0.4
-    monkeypatch.setattr(common.Run, "go_on", "")  # what a run sets is undone after this test
-    monkeypatch.setattr(sys, "argv", ["../my scripts/ae.py", *CPU, "--out-dir", "a b"])
-    message = fails(1, common.start, lambda: main(None, losses()))
+    message = fails(1, common.start, lambda: main([*CPU, "--out-dir", "a b"], losses()))
     assert "No space left" in message
-    assert message.endswith("python '../my scripts/ae.py' --resume 'a b'")
+    assert message.endswith("go on with: python ae.py --resume 'a b'")
     assert sorted(os.listdir("a b")) == ["config.json", "fold-1.pt", "log.jsonl"]
     rows = common.load_checkpoint(Path("a b/fold-1.pt"), {})["rows"]
     assert [row["val_loss"] for row in rows] == [0.5]
+
+
+def test_the_advice_names_the_first_run(digits, fails):
+    """Ctrl-C in the training of a judge: to go on with the judge alone does not make the GAN."""
+    def interrupt():
+        for folder in ("gan", "judge"):
+            common.Run(parse_args([*CPU, "--out-dir", folder]), digits)
+        raise KeyboardInterrupt
+    assert fails(130, common.start, interrupt).endswith("go on with: python ae.py --resume gan")
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(fails):
