@@ -311,6 +311,8 @@ def frechet_distance(a, b):
     number is another. It is smaller for larger samples: compare equal sizes only.
     """
     a, b = a.cpu().double(), b.cpu().double()
+    if not a.isfinite().all():  # of a GAN that diverged: eigvals would print a message of its own
+        return math.nan
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # the eigenvalues of A B are real and >= 0, but for rounding
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()

@@ -2,6 +2,7 @@
 # ruff: noqa: F811 (a fixture is imported, and then named as an argument)
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def test_frechet_distance_of_gaussians():
     # N(m, s^2 C) against N(0, C): |m|^2 + (1 - s)^2 tr C
     shifted = (a - a.mean(0)) * 3 + a.mean(0) + 2
     assert gan.frechet_distance(a, shifted) == pytest.approx(4 * 4 + 4 * cov_a.trace().item())
+    assert math.isnan(gan.frechet_distance(a * math.nan, b))  # not an error message of LAPACK
 
 
 def test_frechet_distance_is_zero_for_equal_sets_and_grows_with_noise(digits, judge):
