@@ -8,10 +8,10 @@ Section 4 of the report: the test images in two dimensions, by an autoencoder, a
     python embed.py --ae DIR --vae DIR        of these runs of ae.py and vae.py
     python embed.py --fast                    smoke test in seconds
 
-10,000 FashionMNIST test images, three seeds (results/embed*): 5-NN accuracy and trustworthiness .697
-and .969 with the AE (129,747 parameters), .693 and .968 with the VAE, .499 and .912 with PCA, .803
-and .994 with t-SNE, which takes 55 to 93 seconds on one core beside other work. Each run writes to
-a new folder in runs/.
+10,000 FashionMNIST test images, three seeds (results/embed*): 5-NN accuracy and trustworthiness
+.697 and .969 with the AE (129,747 parameters), .693 and .968 with the VAE, .499 and .912 with PCA,
+.803 and .994 with t-SNE, which takes 55 to 93 seconds on one core beside other work. Each run
+writes to a new folder in runs/.
 
 It takes a run of ae.py and one of vae.py with --latent-dim 2 that it trains first, where they are
 not there yet: in runs/ae2-... and runs/vae2-..., named after data, seed and code.

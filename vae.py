@@ -12,7 +12,7 @@ Section 2 of the report: a variational autoencoder, its latent space, traversals
 
 FashionMNIST test images (results/vae*), three seeds: MSE .0112 at beta 1 (PCA .0195), KL 48 nats,
 all 18 latents active, 80,454 parameters; .0117 and 30 nats at beta 4, in 156 seconds alone on 2
-cores. One seed: latent 2 .0256 (PCA .0461). Each run writes to a new folder in runs/.
+cores; latent 2 .0256 (PCA .0461). Each run writes to a new folder in runs/.
 """
 
 import math
