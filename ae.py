@@ -43,7 +43,7 @@ RECIPES = {
     "first": {"latent_dim": 100, "hidden": 100, "lr": 0.001, "batch_size": 64, "dropout": 0.5,
               "epochs": 10, "schedule": "constant", "augment": "flip"},
 }
-# flags that start many trainings instead of one: which others they take, beside those of every run
+# --tune and --ablate start many trainings; beside the flags of every run they take only these
 MODES = {"tune": ("storage", "price", "epochs"),
          "ablate": ("latent_dim", "hidden", "filters", "decoder_filters", "schedule", "epochs",
                     "lr", "batch_size", "augment", "recipe")}
@@ -51,8 +51,8 @@ MODES = {"tune": ("storage", "price", "epochs"),
 
 def defaults(args):
     """The defaults that these flags change, {flag: value}; common.parse asks for them."""
-    few = {"epochs": 3} if args.fast else {"epochs": 5} if args.tune or args.ablate else {}
-    return RECIPES[args.recipe] | few
+    few = args.fast or args.tune or args.ablate
+    return RECIPES[args.recipe] | ({"epochs": 3 if args.fast else 5} if few else {})
 
 
 def parse_args(argv=None):
@@ -232,7 +232,7 @@ def fit(args, run, part, seeds, x_train, x_val):
     common.seed_everything(*seeds)
     model = build(args)
     optimizer, schedule = make_optimizer(model, args, len(x_train))
-    # 1; of an interrupted run the next epoch, and all three are given back what they had learned
+    # 1, or the next epoch of an interrupted run, whose state begin() loads into all three
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
@@ -297,12 +297,12 @@ def draw_kernels(run, model, data_name):
               "decoder_conv3": decoder.out}
     for number, (name, layer) in enumerate(layers.items(), start=7):
         w = layer.weight.detach()  # (out, in, H, W); of a ConvTranspose2d (in, out, H, W)
-        rows, columns = ("out", "in") if isinstance(layer, nn.Conv2d) else ("in", "out")
+        down, across = ("out", "in") if isinstance(layer, nn.Conv2d) else ("in", "out")
         if w.shape[0] > w.shape[1]:  # wider than high it fits the page
-            w, rows, columns = w.transpose(0, 1), columns, rows
+            w, down, across = w.transpose(0, 1), across, down
         draw_maps(run, f"fig{number:02d}_{name}_kernels", w.flatten(0, 1), w.shape[1],
-                  f"{data_name}, kernels of {name}: a row for each map {rows}, a column for "
-                  f"each map {columns}", "Red adds, blue subtracts: a kernel with a red and a "
+                  f"{data_name}, kernels of {name}: a row for each map {down}, a column for "
+                  f"each map {across}", "Red adds, blue subtracts: a kernel with a red and a "
                   "blue side answers to an edge.", cmap="RdBu_r", symmetric=True)
 
 
@@ -358,7 +358,7 @@ def suggest(trial):
     """The search space: a point in it as {flag: value}.
 
     --hidden stays at 38, so that no network exceeds the report's 29,716 parameters. Values are
-    rounded to two digits, so that the command printed at the end trains exactly what was tried.
+    rounded to two digits, for a command at the end that can be read.
     """
     values = {"latent_dim": trial.suggest_int("latent_dim", 4, 38),
               "batch_size": trial.suggest_int("batch_size", 32, 128, step=16),
@@ -384,7 +384,9 @@ def open_study(args, where):
             f"-price{args.price}")
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
                                 direction="minimize", pruner=pruner)
-    study.enqueue_trial(REPORT, user_attrs={"report": True}, skip_if_exists=True)
+    # the report's values are one of the trials; not if a worker was killed in the middle of it
+    if not any(t.user_attrs.get("report") and t.state != TrialState.RUNNING for t in study.trials):
+        study.enqueue_trial(REPORT, user_attrs={"report": True})
     return study
 
 
@@ -407,9 +409,11 @@ def tune(args, data):
         study = open_study(args, where)
     except Exception as error:  # each kind of storage raises its own
         common.fail(f"cannot keep a study in {where} ({type(error).__name__}: {error})")
+    if (run.folder / "metrics.json").exists() and not study.get_trials(states=FINISHED):
+        common.fail(f"the study of a finished run, {where}, is gone: start a new one")
 
     while len(study.get_trials(states=FINISHED)) < args.tune:
-        trial = study.ask()
+        trial = study.ask()  # a number yet: suggest() draws the values, from study.sampler
         # all draws follow from the seed and the trial's number: with one seed for all, workers
         # that start together and searches that go on would try the same points
         rng = common.seed_everything(args.seed, trial.number)  # of the first weights too
@@ -432,6 +436,7 @@ def tune(args, data):
             if trial.should_prune():
                 state = TrialState.PRUNED
                 break
+        # a pruned one is told no cost: Optuna keeps the last one that was reported
         study.tell(trial, cost if state == TrialState.COMPLETE else None, state)
         print(f"trial {trial.number}: {state.name.lower()}, "
               f"{len(study.get_trials(states=FINISHED))} of {args.tune} finished", flush=True)
@@ -496,7 +501,7 @@ VARIANTS = {
 }
 
 
-def ablate(args, data, seeds=3):
+def ablate(args, data, repeats=3):
     """Train every variant with every seed, all equally long; returns the metrics.
 
     On validation data: which regulariser to take is a choice. (Its factor was chosen on the same
@@ -507,20 +512,20 @@ def ablate(args, data, seeds=3):
     run = common.Run(args, data, columns=("train_loss", "train_mse", "val_mse"))
     ablation = {}
     for name, flags in VARIANTS.items():
-        last = []  # epoch of each seed
-        for seed in range(args.seed, args.seed + seeds):
+        last_rows = []  # the numbers of the last epoch, of each seed
+        for seed in range(args.seed, args.seed + repeats):
             train_idx, val_idx = common.split(data.y_train, seed)
             _, rows = fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}", (seed, 0),
                           data.x_train[train_idx], data.x_train[val_idx])
-            last.append(rows[-1])
-        each = [row["val_mse"] for row in last]
+            last_rows.append(rows[-1])
+        each = [row["val_mse"] for row in last_rows]
         baseline = ablation["baseline"]["each"] if ablation else each
         differences = [a - b for a, b in zip(each, baseline, strict=True)]
         ablation[name] = {
             "variant": name, "val_mse": statistics.mean(each), "std": statistics.stdev(each),
             "difference": statistics.mean(differences),
             "difference_std": statistics.stdev(differences),
-            "train_mse": statistics.mean(row["train_mse"] for row in last),
+            "train_mse": statistics.mean(row["train_mse"] for row in last_rows),
             "each": each, "flags": flags}
     common.draw_ablation(run, {name: row["each"] for name, row in ablation.items()},
                          "validation MSE per pixel", f"{data.name}, {args.epochs} epochs each")
@@ -557,6 +562,7 @@ def main(argv=None):
     common.plot_curves(run, "fig03_loss", rows, {"MSE per pixel": ("train_mse", "val_mse")},
                        f"{data.name}: autoencoder, latent {args.latent_dim}",
                        "Does the validation curve part from that of training images?")
+    # 2 and 3 are the report's
     dims = [2, 3] if args.latent_dim > 3 else [0, args.latent_dim - 1]
     knn = common.draw_latent(run, encode(model, data.x_test), data, dims, numbers=(4, 5, 6))
     draw_kernels(run, model, data.name)

@@ -54,7 +54,7 @@ def fail(message, status=2):
 def start(main):
     """Run a script's main from the command line: what ends it early is one line and a status."""
     def advice():
-        return f"go on with: {Run.resume}" if Run.resume else "repeat the command"
+        return f"go on with: {Run.first_command}" if Run.first_command else "repeat the command"
 
     try:
         main()
@@ -152,20 +152,25 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None)
     argv: the words of a command line; None: of this process's. defaults: a function that is given
     the flags and returns the defaults that they change, as --fast does {"epochs": 3}. modes: {flag
     that starts many trainings: the flags that it takes}, as {"tune": ("epochs",)}; others would do
-    nothing and are refused. runs: {flag that names a folder: the script that made it}, as {"judge":
-    "finetune"}. --resume DIR parses the words that began that run, with the new ones behind them:
-    ranges are checked anew, and what would change the training is refused.
+    nothing, or blur what is compared, and are refused. runs: {flag that names a folder: the script
+    that made it}, as {"judge": "finetune"}. --resume DIR parses the words that began that run, with
+    the new ones behind them: ranges are checked anew, what would change the training is refused.
     """
     of_script = list(vars(parser.parse_args([])))
     add_run_flags(parser)
+    flags = list(vars(parser.parse_args([])))
 
-    def read(words):  # first to see whether there is a --recipe or --fast, then with its defaults
-        args = parser.parse_args(words)
+    # argparse leaves what the namespace holds before, unless the words name that flag
+    def read(words):
+        args = parser.parse_args(words)  # is there a --recipe, a mode, --fast?
         args = parser.parse_args(words, argparse.Namespace(**defaults(args)))
         for flag, value in vars(args).items():
             if value == "":  # an unset variable in a shell
                 parser.error(f"--{flag.replace('_', '-')} is empty")
         return args
+
+    def given(words):  # {flag: value}, None for each that is not among the words
+        return vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(flags))))
 
     words = sys.argv[1:] if argv is None else list(argv)
     args = read(words)
@@ -174,18 +179,18 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None)
         if args.out_dir:
             parser.error("--resume goes on in its own folder: leave --out-dir out")
         begun = read_config(args.resume, script)
-        before, args = read(begun["argv"]), read([*begun["argv"], *words])
-        for flag, value in vars(before).items():
-            if getattr(args, flag) != value and flag not in FREE:
-                parser.error(f"--{flag.replace('_', '-')} is {value} in {args.resume}: leave it "
-                             "out, or start a new run")
+        before, args = vars(read(begun["argv"])), read([*begun["argv"], *words])
+        for flag, value in given(words).items():
+            if value not in (None, before[flag]) and flag not in FREE:
+                parser.error(f"--{flag.replace('_', '-')} is {before[flag]} in {args.resume}: "
+                             "leave it out, or start a new run")
         words, args.out_dir = begun["argv"], None
         args.data = begun["data"]  # what auto found when the run began
 
-    given = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(of_script))))
     for mode, takes in (modes or {}).items():
-        for flag in of_script if getattr(args, mode) else ():
-            if given[flag] is not None and flag not in (mode, *takes):
+        others = set(of_script) - {mode, *takes}
+        for flag in sorted(others) if getattr(args, mode) else ():
+            if given(words)[flag] is not None:
                 parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
     return with_flags(args, device=pick_device(args.device), argv=words, begun=begun, script=script,
                       runs=runs or {})
@@ -284,7 +289,8 @@ def read_fashion(folder, download):
                 if not f.is_file()  # a pipe, say, which would be waited for
                 or hashlib.sha256(f.read_bytes()).hexdigest() != SHA256[f.name]]
 
-    bad, problem = damaged(), "--fast downloads nothing"
+    bad = damaged()
+    problem = "even after a download" if download else "--fast downloads nothing"
     if bad and download:
         try:
             for file in filter(Path.exists, bad):
@@ -344,7 +350,7 @@ def batches(x, batch_size, rng):
 
     The whole data set is one tensor, so a batch is x[idx]. A DataLoader would take, convert and
     stack the images one by one, and with images this small that takes longer than the training. The
-    last batch is smaller, so a mean over batches is not the mean over images.
+    last batch may be smaller: then a mean over batches is not the mean over images.
     """
     order = torch.randperm(len(x), generator=rng).to(x.device)
     return tqdm(order.split(batch_size), disable=None, leave=False)  # None: on a terminal only
@@ -368,10 +374,10 @@ def augment(x, kind, rng):
     if kind != "flip":
         angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
         right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # 28 pixels are 2 wide
-        if kind == "report":
-            right = down = torch.zeros_like(angle)
+        if kind == "report":  # turned only; the others are moved only
+            right, down = 0 * right, 0 * down
         else:
-            angle = torch.zeros_like(angle)
+            angle = 0 * angle
         move = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1)
         grid = F.affine_grid(move.view(-1, 2, 3).to(x.device), x.shape, align_corners=False)
         x = F.grid_sample(x, grid, align_corners=False)  # what comes in from outside is black
@@ -483,26 +489,27 @@ def load_checkpoint(file, things):
 
 
 def digest(script, *words):
-    """Six letters that change with the code of a training, and with the words of a command.
+    """Six digits that change with the code of a training, and with the words of a command.
 
-    An edited comment, docstring, figure or main is no reason to train anew. So the code is parsed,
-    and what counts are classes, constants and other functions of the script and of the chapters
-    that it imports, and those functions of common.py that decide what a training sees.
+    An edited comment, docstring, main or draw_... is no reason to train anew. So the code is
+    parsed, and what counts are classes, constants and other functions of the script and of the
+    chapters that it imports, and those functions of common.py that decide what a training sees.
     """
     def file(name):
         return Path(__file__).with_name(f"{name}.py")
 
-    def nodes(name):
+    def nodes(name):  # the statements of a script, without docstrings
         tree = ast.parse(file(name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-                node.body = node.body[1:]
+                node.body = node.body[1:]  # a docstring is the first statement
         return tree.body
 
     imported = {alias.name for node in nodes(script) if isinstance(node, ast.Import)
                 for alias in node.names}
-    chapters = sorted(name for name in {script} | imported - {"common"} if file(name).exists())
-    lesson = ("load_data", "seed_everything", "split", "splits", "batches", "augment")
+    chapters = sorted(name for name in {script, *imported} - {"common"} if file(name).exists())
+    lesson = ("load_data", "read_digits", "read_fashion", "seed_everything", "split", "splits",
+              "batches", "augment")
     code = [node for node in nodes("common") if getattr(node, "name", "") in lesson]
     code += [node for name in chapters for node in nodes(name)
              if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign)
@@ -552,16 +559,16 @@ class Run:
     """The folder of a run: config.json, log.jsonl, metrics.json, index.html, figures, checkpoints.
 
     A part is one of several networks that a run trains one after the other: a fold, a beta, a
-    variant. Each has a checkpoint of its own, PART.pt, with its history and its best weights. rows
-    are the epochs of the present part, history those of all.
+    variant. Each has a checkpoint of its own, PART.pt, with its rows and its best weights. rows are
+    the numbers of its epochs, history those of all parts.
     """
 
-    resume = None  # the command that goes on with the first run of this process, for start()
+    first_command = None  # goes on with the first run of this process; for start()
 
     def __init__(self, args, data, columns=()):
         """columns: the numbers of an epoch to print; log.jsonl has all of them."""
         self.args, self.columns, self.history, self.captions = args, columns, [], {}
-        self.width = 22 + 13 * (4 - len(columns))  # of a part's name, so that a line has 100
+        self.width = 22 + 13 * (4 - len(columns))  # of a part's name, so that a line has 99
         for flag, made_by in args.runs.items():  # a wrong name fails here, not after a training
             name = getattr(args, flag)
             if name and read_config(name, made_by)["data"] != args.data:
@@ -569,11 +576,11 @@ class Run:
             if name and not Path(name, "model.pt").is_file():
                 fail(f"the run in {name} is not finished, or made no model")
         config = new_config(args)
-        self.config = args.begun or config
+        self.config = args.begun or config  # begun: that of the run to go on with
         self.folder = Path(args.resume) if args.begun else new_folder(args, config)
-        self.again = shell("python", f"{args.script}.py", "--resume", str(self.folder))
-        if not Run.resume:  # the first run of the process: others are trainings that it asked for
-            Run.resume = self.again
+        self.command = shell("python", f"{args.script}.py", "--resume", str(self.folder))
+        if not Run.first_command:  # later ones are trainings that the first run asked for
+            Run.first_command = self.command
         print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
               f"{args.device}; {config['machine']}; writing to {self.folder}", flush=True)
         changed = [key for key in ("source", "machine", "versions")
@@ -622,13 +629,15 @@ class Run:
             self.best = {"score": score, "epoch": epoch,  # state_dict() holds references: copy them
                          "model": copy.deepcopy(self.things["model"].state_dict())}
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.history]
-        write(self.folder / "log.jsonl", "".join(lines).encode())  # first: begin() repeats an epoch
+        # before the checkpoint: an epoch that is lost in between is trained and written again
+        write(self.folder / "log.jsonl", "".join(lines).encode())
         save_checkpoint(self.checkpoint, self.things, rows=self.rows, images=self.images,
                         best=self.best)
         minutes, rest = divmod(round((self.epochs - epoch) * seconds), 60)
         numbers = [f"{row[c]:12.5g}" for c in self.columns]
-        print(f"{self.part[:self.width]:{self.width}}", f"{epoch}/{self.epochs}".rjust(8), *numbers,
-              f"{seconds:7.1f}", f"{minutes}:{rest:02}".rjust(7), flush=True)
+        part = self.part[-self.width:].ljust(self.width)
+        print(part, f"{epoch}/{self.epochs}".rjust(8), *numbers, f"{seconds:7.1f}",
+              f"{minutes}:{rest:02}".rjust(7), flush=True)
         self.clock = time.perf_counter()
 
     def load_best(self, model):
@@ -647,7 +656,7 @@ class Run:
         metrics: config.json's content is added. summary: lines of text. model: the network that the
         figures show, for load_run().
         """
-        if self.history:  # the script's own "epochs" goes before
+        if self.history:  # an "epochs" among the script's own metrics wins
             metrics = {"epochs": self.epochs, "seconds_per_epoch": statistics.median(
                 row["seconds"] for row in self.history), **metrics}
         if model is not None:
@@ -665,7 +674,7 @@ font-family: sans-serif}} img {{max-width: 100%}}</style>
 """
         write(self.folder / "index.html", page.encode())
         print("", *summary, "", "figures, log.jsonl, metrics.json, and index.html with all of them:"
-              f" to redraw them, {self.again}", self.folder, sep="\n", flush=True)
+              f" to redraw them, {self.command}", self.folder, sep="\n", flush=True)
         return metrics
 
 
@@ -731,6 +740,7 @@ def trained(script, name, args, flags, minutes):
         print(f"{folder} is not there yet: {shell('python', f'{script}.py', *words)} makes it, in "
               f"{'a few seconds' if args.fast else f'about {minutes} minutes'}", flush=True)
         words += ["--out-dir", str(folder)]
+    # the scripts import this file, so that it can import them only here
     importlib.import_module(script).main([*words, "--data-dir", args.data_dir,
                                           "--device", args.device])
     return str(folder)

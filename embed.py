@@ -89,7 +89,7 @@ def map_encoder(script, folder, x):
 
 
 def map_pca(x_train, x):
-    """The first two principal components (N, 2) of x (N, 1, 28, 28), fitted on x_train."""
+    """x (N, 1, 28, 28) along the first two principal components of x_train: (N, 2), and numbers."""
     clock = time.perf_counter()
     pca = PCA(2, svd_solver="covariance_eigh").fit(common.pixels(x_train))
     points = pca.transform(common.pixels(x))
@@ -99,7 +99,7 @@ def map_pca(x_train, x):
 
 
 def map_tsne(x, perplexity, seed):
-    """t-SNE (N, 2) of x (N, 1, 28, 28): of its first 50 principal components.
+    """t-SNE of x (N, 1, 28, 28), of its first 50 principal components: (N, 2), and numbers.
 
     With all 784 pixels most of the time would go into the search for neighbours. t-SNE moves the
     points themselves, it learns no function of x: a new image has no place, a place no image. It
@@ -126,9 +126,9 @@ def measure(x, y, maps, classes):
     for name, points, numbers in maps:
         accuracy, of_class = common.knn_accuracy(points, y)
         trust = trustworthiness(common.pixels(x), points, n_neighbors=5)
-        numbers |= {"knn_accuracy": accuracy, "trustworthiness": float(trust),
-                    "places_new_points": name != "tsne",
-                    "class_accuracy": {classes[c]: a for c, a in of_class.items()}}
+        numbers.update({"knn_accuracy": accuracy, "trustworthiness": float(trust),
+                        "places_new_points": name != "tsne",
+                        "class_accuracy": {classes[c]: a for c, a in of_class.items()}})
 
 
 def table(maps):
@@ -156,7 +156,7 @@ def spread(points, gap):
     points = points / np.ptp(points, axis=0)
     chosen = []
     for i, point in enumerate(points):
-        if (np.abs(points[chosen] - point).max(1) > gap).all():  # true for the first, of none
+        if not chosen or np.abs(points[chosen] - point).max(1).min() > gap:
             chosen.append(i)
     return chosen
 
@@ -233,10 +233,11 @@ def main(argv=None):
                     f"{n} are too few: name a smaller one, or more --points")
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
 
-    run = common.Run(args, data)
     for folder, script in ((args.ae, "ae"), (args.vae, "vae")):  # before one of them is trained
         if folder and common.read_config(folder, script)["flags"]["latent_dim"] != 2:
             common.fail(f"{folder} has more than two latent dimensions: a map takes --latent-dim 2")
+
+    run = common.Run(args, data)
     maps = [Map("ae", *map_encoder(ae, find_encoder(ae, args), x)),
             Map("vae", *map_encoder(vae, find_encoder(vae, args), x)),
             Map("pca", *map_pca(data.x_train, x))]

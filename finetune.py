@@ -70,7 +70,7 @@ SETTINGS = {  # by recipe and model; a flag that is given wins over them
         "cnn": {"train": "all", "epochs": 20, "batch_size": 300, "lr": 0.0085,
                 "weight_decay": 5e-5, "augment": "report"}},
 }
-# flags that start many trainings instead of one: which others they take, beside those of every run
+# --labels and --transfer take only these flags, beside those of every run
 MODES = {"labels": ("epochs", "batch_size", "encoder"), "transfer": ("epochs",)}
 
 
@@ -124,8 +124,10 @@ def settings(args, name):
 
     Also what ae.make_optimizer asks for, optimizer and schedule, and a title.
     """
-    asked = {flag: value for flag, value in vars(args).items() if value is not None}
-    flags = common.with_flags(args, **{**SETTINGS[args.recipe][name], **asked})
+    flags = common.with_flags(args)
+    for flag, value in SETTINGS[args.recipe][name].items():
+        if getattr(args, flag, None) is None:  # not given: these have no default of their own
+            setattr(flags, flag, value)
     flags.model, flags.optimizer = name, "adam"
     flags.schedule = "constant" if args.recipe == "report" else "onecycle"
     if name == "cnn":
@@ -232,11 +234,11 @@ def imagenet_weights(args):
 
     LookupError, with the reason, where there are none.
     """
-    weights = ResNet18_Weights.IMAGENET1K_V1
-    file = Path(args.weights or Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name))
+    published = ResNet18_Weights.IMAGENET1K_V1
+    file = Path(args.weights or Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name))
     try:
         if not (args.weights or args.fast or file.exists()):
-            weights.get_state_dict(check_hash=True, weights_only=True)  # downloads it to this file
+            published.get_state_dict(check_hash=True, weights_only=True)  # downloads it to file
         state_dict = common.load_tensors(file)
         torchvision.models.resnet18().load_state_dict(state_dict)  # does it fit?
         return {f"net.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
@@ -269,12 +271,12 @@ def train_epoch(model, x, y, optimizer, schedule, args, rng):
     return total.item() / len(x)
 
 
-def fit(args, run, part, seeds, train, val, classes, start=None):
+def fit(args, run, part, seeds, train, val, classes, start=None, by_accuracy=False):
     """Train args.model as one part of the run.
 
     train, val: (x, y) each. seeds: numbers that, with the epoch, decide every draw. start: see
-    build. Returns the network of the epoch with the lowest validation loss, and the numbers of all
-    epochs as a list of dicts.
+    build. Returns the network of the epoch with the lowest validation loss, or with the highest
+    accuracy, and the numbers of all epochs as a list of dicts.
     """
     common.seed_everything(*seeds)
     (x, y), (x_val, y_val) = train, val
@@ -291,8 +293,9 @@ def fit(args, run, part, seeds, train, val, classes, start=None):
         # both in evaluation mode, so that they compare
         seen_loss, seen_accuracy = evaluate(model, x[:len(x_val)], y[:len(x_val)])
         val_loss, val_accuracy = evaluate(model, x_val, y_val)
-        run.end_epoch(score=val_loss, train_loss=train_loss, seen_loss=seen_loss,
-                      seen_accuracy=seen_accuracy, val_loss=val_loss, val_accuracy=val_accuracy)
+        run.end_epoch(score=-val_accuracy if by_accuracy else val_loss,
+                      train_loss=train_loss, seen_loss=seen_loss, seen_accuracy=seen_accuracy,
+                      val_loss=val_loss, val_accuracy=val_accuracy)
     run.load_best(model)
     return model, run.rows
 
@@ -342,17 +345,17 @@ def load_judge(args, data):
 
 SEEDS = 3  # trainings of each, with other labelled images
 # settings to choose from on validation images, for each way, number of labels and seed: of a
-# network, of the network in --transfer, and of a logistic regression, the inverse of its L2 penalty
+# network in --labels, and in --transfer
 CANDIDATES = [{"lr": 0.002, "augment": "none"}, {"lr": 0.008, "augment": "none"},
               {"lr": 0.008, "augment": "shift"}]
 TRANSFER = [{"lr": 0.001, "augment": "shift"}, {"lr": 0.004, "augment": "shift"}]
-STRENGTHS = (0.01, 0.1, 1.0)
+STRENGTHS = (0.01, 0.1, 1.0)  # of a logistic regression: the inverse of its L2 penalty
 
 
 def label_subset(y, n, seed):
-    """n indices into y (N,): equally many of each class, with all those of a smaller n among them.
+    """n indices into y (N,), with all those of a smaller n among them.
 
-    Dealt like cards: one image of each class in turn.
+    Dealt like cards, one image of each class in turn: equally many of each, while there are some.
     """
     y = y.cpu().numpy()
     order = np.random.default_rng(seed).permutation(len(y))
@@ -361,32 +364,33 @@ def label_subset(y, n, seed):
     return torch.tensor(dealt[:n])
 
 
-def probe(encode, train, val, test):
+def probe(to_codes, train, val, test):
     """(validation, test) accuracy of the best logistic regression on standardised codes.
 
-    train, val, test: (x, y) each; encode: x -> codes (N, D). Best on val. Standardised: a code's
+    train, val, test: (x, y) each; to_codes: x -> codes (N, D). Best on val. Standardised: a code's
     dimensions have scales of their own, and the penalty would count them unequally.
     """
     (z, y), (z_val, y_val), (z_test, y_test) = (
-        (encode(x).cpu().double().numpy(), y.cpu().numpy()) for x, y in (train, val, test))
+        (to_codes(x).cpu().double().numpy(), y.cpu().numpy()) for x, y in (train, val, test))
     fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(z, y)
               for c in STRENGTHS]
     best = max(fitted, key=lambda model: model.score(z_val, y_val))
     return best.score(z_val, y_val), best.score(z_test, y_test)
 
 
-def fit_best(candidates, flags, run, part, seeds, data, classes, start=None):
+def fit_best(candidates, flags, run, part, seeds, sets, classes, start=None):
     """(validation, test) accuracy of the network whose settings are best on val.
 
-    data: (x, y) of train, val and test. start: see build. The epoch of a training is chosen by its
-    validation loss, which is smoother; among the trainings the best by accuracy, which counts.
+    sets: (x, y) of train, val and test. start: see build. Epoch and settings are chosen by the
+    validation accuracy. Of few images a network soon makes fewer mistakes, each with more
+    conviction: its loss is lowest after an epoch or two, while the accuracy goes on rising.
     """
-    train, val, test = data
+    train, val, test = sets
     models = []
     for change in candidates:
         model, _ = fit(common.with_flags(flags, **change), run,
                        f"{part}, {change['lr']} {change['augment']}", seeds, train, val, classes,
-                       start)
+                       start, by_accuracy=True)
         models.append(model)
     best = max(models, key=lambda model: evaluate(model, *val)[1])
     return evaluate(best, *val)[1], evaluate(best, *test)[1]
@@ -417,9 +421,9 @@ def label_efficiency(args, data):
         for seed in range(args.seed, args.seed + SEEDS):
             idx = pool[label_subset(data.y_train[pool], n, seed)]
             train = data.x_train[idx], data.y_train[idx]
-            for way, encode in encoders.items():
-                points[way, n].append(probe(encode, train, val, test))
-            # repeated, few images too make epochs of a tenth of the pool's steps at least
+            for way, to_codes in encoders.items():
+                points[way, n].append(probe(to_codes, train, val, test))
+            # repeat few images: an epoch has at least a tenth as many steps as one over the pool
             idx = idx.repeat(math.ceil(len(pool) / 10 / n))
             repeated = data.x_train[idx], data.y_train[idx]
             for way, scratch in (("fine-tuned", False), ("from scratch", True)):
@@ -464,7 +468,7 @@ def transfer(args, data):
             idx = label_subset(y, n, seed)
             points["frozen", n].append(probe(
                 partial(encode, source), (x[idx], y[idx]), val, test))
-            # repeated, few images too make epochs of a sixteenth of the steps of all at least
+            # repeat few images: an epoch has at least a sixteenth as many steps as one over all x
             idx = idx.repeat(math.ceil(len(x) / 16 / n))
             for way, weights in (("fine-tuned", start), ("from scratch", None)):
                 points[way, n].append(fit_best(

@@ -11,8 +11,8 @@ Section 3 of the report: a GAN, what its losses can tell, and which model is the
 
 FashionMNIST, 10,000 samples against the test images (results/gan*), three seeds: Frechet distance
 6.3 +- .4, precision .87, recall .83, with 398,306 parameters, in 26 minutes on one core beside
-another run. The report's recipe has 246 +- 9 after 30 of its 100 epochs, and losses as near to
-chance level. Training images have 0.2.
+another run. The report's recipe has 246 +- 9 after 30 of its 100 epochs, and each loss within .1
+of ours. Training images have 0.2.
 
 The judge of the samples is the CNN of `finetune.py --model cnn --epochs 8`, trained first where it
 is not there yet, or that of --judge DIR. Distances by different judges do not compare. Each run
@@ -53,7 +53,7 @@ RECIPES = {
 # seeds of the noise for validation, figures, test. They do not follow --seed, so that two runs show
 # the same vectors
 VAL_NOISE, FIGURE_NOISE, WALK_NOISE, TEST_NOISE, COMPARE_NOISE = 0, 1, 2, 3, (10, 11, 12)
-# flags that start many trainings instead of one: which others they take, beside those of every run
+# --ablate and --compare take only these flags, beside those of every run
 MODES = {"ablate": ("recipe", "judge", "epochs", "batch_size"),
          "compare": ("ae", "vae", "gan", "gan_report", "judge")}
 
@@ -269,11 +269,11 @@ def fit(args, run, part, seeds, x_train, judge, val_features):
     netG_ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
     g_optimizer, g_schedule = make_optimizer(netG, args, len(x_train))
     d_optimizer, d_schedule = make_optimizer(netD, args, len(x_train))
-    # 1; of an interrupted run the next epoch, and all are given back what they had learned. The
+    # 1, or the next epoch of an interrupted run, whose state begin() loads into all of these. The
     # best weights are kept of netG_ema
     first = run.begin(part, args.epochs, netG_ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
                       d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule)
-    # half as many samples as real images, to save time: compare it between epochs only
+    # half as many samples as real images, to save time: the distance compares with such ones only
     z_val = noise(len(val_features) // 2, args.noise_dim, VAL_NOISE, args.device)
     z_shown = noise(10, args.noise_dim, FIGURE_NOISE, args.device)
     for epoch in range(first, args.epochs + 1):
@@ -353,7 +353,7 @@ def two_sample(real, fake, n=2000):
 
 @torch.no_grad()
 def judge_images(judge, x, real_x, real_features):
-    """All metrics of images x against as many real ones, and the judge's features of these.
+    """All metrics of images x. real_x: as many real ones; real_features: the judge's, of these.
 
     Returns {"frechet", "precision", "recall", "two_sample" and "two_sample_pixels": (real half,
     fake half), "class_coverage": the share of each class in what the judge sees in x}.
@@ -453,7 +453,7 @@ VARIANTS = {  # one change at a time
 }
 
 
-def ablate(args, data, seeds=2):
+def ablate(args, data, repeats=2):
     """Train each variant of the recipe with each seed, all equally long; returns the metrics.
 
     On validation data: which ingredient to take is a choice. The variants share each seed's split
@@ -464,16 +464,16 @@ def ablate(args, data, seeds=2):
     judge = finetune.load_judge(args, data)
     ablation = {}
     for name, change in VARIANTS[args.recipe].items():
-        last = []  # epoch of each seed
-        for seed in range(args.seed, args.seed + seeds):
+        last_rows = []  # the numbers of the last epoch, of each seed
+        for seed in range(args.seed, args.seed + repeats):
             train_idx, val_idx = common.split(data.y_train, seed)
             _, rows, _ = fit(
                 common.with_flags(args, **change), run, f"{name}, seed {seed}", (seed,),
                 data.x_train[train_idx], judge, finetune.encode(judge, data.x_train[val_idx]))
-            last.append(rows[-1])
-        ablation[name] = {k: statistics.mean(row[k] for row in last)
+            last_rows.append(rows[-1])
+        ablation[name] = {k: statistics.mean(row[k] for row in last_rows)
                           for k in ("val_frechet", "d_loss", "g_loss")}
-        ablation[name]["each"] = [row["val_frechet"] for row in last]
+        ablation[name]["each"] = [row["val_frechet"] for row in last_rows]
     common.draw_ablation(run, {name: row["each"] for name, row in ablation.items()},
                          "Frechet distance to validation images",
                          f"{data.name}, {args.epochs} epochs each")
@@ -502,9 +502,10 @@ def sample_density(net, density, n, seed):
 
 
 def sample_sets(folders, args, data):
-    """Yields {name: n images} from four finished runs for each seed; n: the size of the test set.
+    """For each seed of COMPARE_NOISE {name: n images}, from the same four runs.
 
-    Reconstructions and training images are no generators: they say what the numbers can reach.
+    n: as many as test images. Reconstructions and training images are no generators: they say what
+    the numbers can reach.
     """
     netA, netV = ae.load_run(folders["ae"]), vae.load_run(folders["vae"])
     ours, report = load_run(folders["gan"]), load_run(folders["gan_report"])
@@ -591,7 +592,7 @@ def main(argv=None):
     n, test_features = len(data.x_test), finetune.encode(judge, data.x_test)
     x = sample(netG, noise(n, args.noise_dim, TEST_NOISE, args.device))
     found = judge_images(judge, x, data.x_test, test_features)
-    # the judge was trained on most of these, so this is not quite the floor of new images
+    # the judge was trained on these, so this is not quite the floor of new images
     floor = judge_images(judge, x_train[:n], data.x_test, test_features)
     # if samples lie closer to training images than test images do, they are copies or blurred (a
     # smooth image is near to everything); nearest.png shows which of the two

@@ -69,6 +69,8 @@ def parse_args(argv=None):
     args = common.parse(parser, "vae", argv, defaults)
     if args.sweep and args.folds > 1:
         parser.error("--folds does not go with --sweep")
+    if args.sweep and args.beta not in (1, *args.sweep):
+        parser.error(f"--beta {args.beta:g} is none of --sweep")
     if args.dims and max(args.dims) >= args.latent_dim:
         parser.error(f"--dims {max(args.dims)}: z has dimensions 0 to {args.latent_dim - 1}")
     return args
@@ -226,7 +228,7 @@ def fit(args, run, part, seeds, x_train, x_val):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, epochs=args.epochs,
         steps_per_epoch=math.ceil(len(x_train) / args.batch_size))
-    # 1; of an interrupted run the next epoch, and all three are given back what they had learned
+    # 1, or the next epoch of an interrupted run, whose state begin() loads into all three
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
@@ -318,7 +320,7 @@ def draw_traversals(run, model, data, mu, dims):
     start = start_class(run.args, data)
     z = mu[data.y_test == start][:1]  # (1, D), the code of its first test image
     values = torch.linspace(-3, 3, 11, device=z.device)
-    ticks = [f"{v:z.1f}" for v in values.tolist()]  # z: 0.0 without a minus
+    ticks = [f"{v:z.1f}" for v in values.tolist()]  # :z writes 0.0, never -0.0
     title = f"{data.name}, from the code of a test {names[start]}"
     for number, d in zip((21, 22), dims, strict=True):
         common.draw_rows(run, f"fig{number}_traversal",

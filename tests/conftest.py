@@ -32,7 +32,7 @@ ConstrainedLayoutEngine.execute = lambda self, fig: None
 def elsewhere(tmp_path, monkeypatch):
     """Every test runs in a folder of its own: runs/ and data/ land there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.Run, "resume", None)  # what a run sets is undone after the test
+    monkeypatch.setattr(common.Run, "first_command", None)  # undone after the test
 
 
 @pytest.fixture(scope="module")

@@ -80,8 +80,8 @@ def test_settings_are_chosen_on_validation_images(val, chosen, encoder, fewer, m
     """Settings that do best on the test set; of equal ones those that do best there."""
     monkeypatch.setattr(vae, "main", quick_main(vae, fewer))
     monkeypatch.setattr(finetune, "probe", lambda *args: (0.0, 0.0))
-    monkeypatch.setattr(finetune, "fit", lambda flags, *rest: (finetune.CANDIDATES.index(
-        {"lr": flags.lr, "augment": flags.augment}), []))
+    monkeypatch.setattr(finetune, "fit", lambda flags, *rest, **more: (
+        finetune.CANDIDATES.index({"lr": flags.lr, "augment": flags.augment}), []))
     for test in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)):
         monkeypatch.setattr(finetune, "evaluate", lambda which, x, y, test=test: (  # fit's answer
             0.0, (test if x is fewer.x_test else val)[which]))
@@ -109,10 +109,10 @@ def test_which_images_are_labelled(encoder, fewer, monkeypatch, no_figures):
         assert not set(ids.tolist()) & set(val[0][:, 0, 0, 0].long().tolist())
         assert len(val[0]) == 20 and (test is None or test[0] is fewer.x_test)
 
-    def fit(flags, run, part, seeds, train, val, classes, start):
+    def fit(flags, run, part, seeds, train, val, classes, start, by_accuracy):
         note(seeds[0], flags.scratch, train, val)
         parts.append(part)
-        assert flags.train == "all" and flags.encoder == encoder
+        assert flags.train == "all" and flags.encoder == encoder and by_accuracy
         return None, []
     monkeypatch.setattr(finetune, "fit", fit)
     probed = iter(range(1000))  # two for each seed, three seeds for each number of labels
@@ -134,7 +134,7 @@ def test_transfer_starts_from_the_other_classes_alone(fewer, monkeypatch, no_fig
     monkeypatch.setattr(finetune, "evaluate", lambda *args: (0.0, 0.5))
     trainings, probed = [], []
 
-    def fit(flags, run, part, seeds, train, val, classes, start=None):
+    def fit(flags, run, part, seeds, train, val, classes, start=None, by_accuracy=False):
         model = finetune.build(flags, classes, start)
         trainings.append((part, start, model.state_dict()))
         new = 0 if part.startswith("first classes") else 5
@@ -165,7 +165,7 @@ def test_transfer_starts_from_the_other_classes_alone(fewer, monkeypatch, no_fig
 
 def test_transfer_where_splits_differ_by_an_image(monkeypatch, no_figures):
     """A number of labels that only some of the three seeds have."""
-    monkeypatch.setattr(finetune, "fit", lambda *args: (finetune.CNN(5), []))
+    monkeypatch.setattr(finetune, "fit", lambda *args, **more: (finetune.CNN(5), []))
     for name in ("probe", "evaluate"):
         monkeypatch.setattr(finetune, name, lambda *args: (0.0, 0.5))
     result = finetune.main([*FAST, "--transfer", "--seed", "2"])["transfer"]

@@ -387,7 +387,8 @@ def test_folds(few, no_figures, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("flags", [
     "--beta -1", "--beta nan", "--latent-dim 0", "--dims 40 1", "--dims 1 -1", "--start-class Hat",
-    "--sigma 0", "--sweep 1 x", "--sweep 1 4 --folds 2", "--resume nowhere", "--bet 4"])
+    "--sigma 0", "--sweep 1 x", "--sweep 1 4 --folds 2", "--beta 3 --sweep 1 4",
+    "--resume nowhere", "--bet 4"])
 def test_bad_flags_end_in_one_line(flags, fails):
     """A traceback, or a wrong value that trains first."""
     message = fails(2, vae.main, ["--data", "digits", *CPU, *flags.split()])
