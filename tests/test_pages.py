@@ -111,6 +111,21 @@ def test_stability():
     assert text.format(*changes) in " ".join((ROOT / "results/vae.md").read_text().split())
 
 
+def test_unevenness():
+    """The numbers of finetune.md's claim 7, which no metrics.json has."""
+    said = []
+    for how in (lambda a: 100 * stdev(a), lambda a: stdev(a) / (1 - mean(a))):
+        for model in ("ae", "cnn"):
+            each = [how(RUNS[name]["models"][model]["per_class"]) for name in seeds("finetune")]
+            said += [mean(each), stdev(each)]
+    page = " ".join((ROOT / "results/finetune.md").read_text().split())
+    assert "{:.1f} ± {:.1f} points for the encoder and {:.1f} ± {:.1f} for the CNN".format(
+        *said[:4]) in page
+    assert "{:.2f} ± {:.2f} for the encoder and {:.2f} ± {:.2f} for the CNN".format(
+        *said[4:]) in page
+    assert said[0] - said[2] > said[1] + said[3] and said[6] - said[4] > said[5] + said[7]
+
+
 def lines_of(script, function):
     """The source lines of a function."""
     text = (ROOT / f"{script}.py").read_text()
