@@ -162,7 +162,7 @@ def spread(points, gap):
 
 
 def draw_names(ax, points, y, classes):
-    """The name of each class at the median of its points (N, 2), or a little above.
+    """The name of each class at the median of its points (N, 2), or above, with a line to there.
 
     From the lowest to the highest: a name moves up by 1 % of the map until it lies on no other.
     """
@@ -174,6 +174,7 @@ def draw_names(ax, points, y, classes):
                   and abs(at - other)[1] < 0.037 * size[1] for other, other_half in taken):
             at = at + [0, 0.01 * size[1]]
         taken.append((at, half))
+        ax.plot(*zip(medians[c], at, strict=True), color="black", lw=1, zorder=9)
         ax.text(*at, classes[c], ha="center", va="center", weight="bold", zorder=10,
                 path_effects=[withStroke(linewidth=3, foreground="white")])
 
@@ -184,15 +185,15 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
     Some of the images are drawn, centred at their points: they show what a region means. The axes
     leave out the outermost hundredth of the points: a few outliers would squeeze all others.
     """
-    rows = math.ceil(len(maps) / columns)
-    fig = Figure(figsize=(7 * columns + 1, 6 * rows + 0.5), layout="constrained")
+    rows, size = math.ceil(len(maps) / columns), 7 if columns < 3 else 5
+    fig = Figure(figsize=(size * columns + 1, (size - 1) * rows + 1), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).flat
     for ax, (name, points, numbers) in zip(axes, maps, strict=True):
         common.scatter(ax, points, y, data.classes)
         low, high = np.quantile(points, [0.005, 0.995], axis=0)
         margin = 0.05 * (high - low)
         inside = ((points > low) & (points < high)).all(1).nonzero()[0]
-        for i in inside[spread(points[inside], gap=0.1)]:
+        for i in inside[spread(points[inside], gap=0.7 / size)]:  # images take more of a small map
             image = OffsetImage(x[i, 0].cpu().numpy(), zoom=0.9, cmap="gray_r",
                                 norm=Normalize(0, 1))
             edge = {"edgecolor": common.COLORS[y[i] % len(common.COLORS)], "linewidth": 1.5}
@@ -249,7 +250,7 @@ def main(argv=None):
         draw_maps(run, f"fig{number}_{one.name}", [one], x, y, data)
     draw_maps(run, "maps", four, x, y, data, columns=2)
     if len(tsne) > 1:
-        draw_maps(run, "perplexity", tsne, x, y, data)
+        draw_maps(run, "perplexity", tsne, x, y, data, columns=len(tsne))
     return run.finish({
         "methods": {m.name: m.numbers for m in four}, "points": n,
         "neighbours": 5, "perplexity": [m.numbers for m in tsne]},
