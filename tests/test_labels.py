@@ -93,6 +93,18 @@ def test_settings_are_chosen_on_validation_images(val, chosen, encoder, fewer, m
                 assert point["val_each"] == [val[chosen]] * 3
 
 
+@pytest.mark.parametrize("by_accuracy, best", [(False, 1), (True, 2)])
+def test_which_epoch_is_kept(by_accuracy, best, fewer, monkeypatch):
+    """The first epoch of a network with few labels: its loss rises while its accuracy does too."""
+    ends = iter([(0.0, 0.0), (1.0, 0.5), (0.0, 0.0), (2.0, 0.6)])  # seen and unseen, two epochs
+    monkeypatch.setattr(finetune, "evaluate", lambda *args: next(ends))
+    args = finetune.parse_args([*FAST, "--model", "cnn", "--out-dir", "run"])
+    run, both = common.Run(args, fewer), (fewer.x_train, fewer.y_train)
+    finetune.fit(finetune.settings(args, "cnn"), run, "cnn", (0, 0), both, both, 10,
+                 by_accuracy=by_accuracy)
+    assert run.best["epoch"] == best
+
+
 def test_which_images_are_labelled(encoder, fewer, monkeypatch, no_figures):
     """Labels of validation or test images; other images for another way; two trainings in one."""
     numbered = torch.arange(100.0).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)  # each tells its index
