@@ -324,7 +324,8 @@ def seed_everything(*numbers):
 def split(y, seed):
     """(training indices, validation indices): one stratified 80/20 split; see splits."""
     y = y.cpu().numpy()
-    stratify = y if np.unique(y, return_counts=True)[1].min() > 1 else None  # 1: not in both parts
+    fewest = np.unique(y, return_counts=True)[1].min()  # images of a class; one is not in two parts
+    stratify = y if fewest > 1 else None
     pair = train_test_split(np.arange(len(y)), test_size=0.2, stratify=stratify, random_state=seed)
     return tuple(torch.tensor(part) for part in pair)
 
@@ -469,7 +470,7 @@ def load_tensors(file):
         raise zipfile.BadZipFile("CRC mismatch")  # torch.load does not compare them
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its message advises weights_only=False
+    except pickle.UnpicklingError:  # its message advises to load it all the same
         raise ValueError("more than plain tensors: it could run code") from None
 
 

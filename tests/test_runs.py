@@ -56,13 +56,14 @@ def edit(file, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(step, tmp_path, monkeypatch):
     """A crash during torch.save destroys the only checkpoint."""
     file = tmp_path / "fold-1.pt"
     file.write_text("old")
-    def interrupt(descriptor):
+    def interrupt(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(common.os, "fsync", interrupt)
+    monkeypatch.setattr(common.os, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         common.write(file, b"half")
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
