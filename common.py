@@ -822,6 +822,10 @@ def draw_ablation(run, variants, xlabel, title):
         ax.plot([statistics.mean(variants[name])] * 2, [y - 0.3, y + 0.3], color="black")
     ax.set_yticks(range(len(order)), order)
     ax.set(xlabel=f"{xlabel} (line: mean)", title=title)
+    values = [value for each in variants.values() for value in each]
+    if max(values) > 10 * min(values):  # the worst would squeeze all others
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3, axis="x")
     ax.legend()
     run.save(fig, "ablation", f"Dots in the grey band could be seeds of {first}.")
