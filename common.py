@@ -492,19 +492,15 @@ def load_checkpoint(file, things):
 def digest(script, *words):
     """Six digits that change with the code of a training, and with the words of a command.
 
-    An edited comment, docstring, main or draw_... is no reason to train anew. So the code is
-    parsed, and what counts are classes, constants and other functions of the script and of the
-    chapters that it imports, and those functions of common.py that decide what a training sees.
+    An edited comment, main or draw_... is no reason to train anew. So the code is parsed, and what
+    counts are classes, constants and other functions of the script and of the chapters that it
+    imports, and those functions of common.py that decide what a training sees.
     """
     def file(name):
         return Path(__file__).with_name(f"{name}.py")
 
-    def nodes(name):  # the statements of a script, without docstrings
-        tree = ast.parse(file(name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-                node.body = node.body[1:]  # a docstring is the first statement
-        return tree.body
+    def nodes(name):  # the statements of a script
+        return ast.parse(file(name).read_text(encoding="utf-8")).body
 
     imported = {alias.name for node in nodes(script) if isinstance(node, ast.Import)
                 for alias in node.names}
