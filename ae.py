@@ -46,13 +46,17 @@ RECIPES = {
 # --tune and --ablate start many trainings; beside the flags of every run they take only these
 MODES = {"tune": ("storage", "price", "epochs"),
          "ablate": ("latent_dim", "hidden", "filters", "decoder_filters", "schedule", "epochs",
-                    "lr", "batch_size", "augment", "recipe")}
+                    "lr", "batch_size", "augment")}
 
 
 def defaults(args):
     """The defaults that these flags change, {flag: value}; common.parse asks for them."""
-    few = args.fast or args.tune or args.ablate
-    return RECIPES[args.recipe] | ({"epochs": 3 if args.fast else 5} if few else {})
+    changed = dict(RECIPES[args.recipe])
+    if args.fast:
+        changed["epochs"] = 3
+    elif args.tune or args.ablate:
+        changed["epochs"] = 5
+    return changed
 
 
 def parse_args(argv=None):
@@ -232,7 +236,8 @@ def fit(args, run, part, seeds, x_train, x_val):
     common.seed_everything(*seeds)
     model = build(args)
     optimizer, schedule = make_optimizer(model, args, len(x_train))
-    # 1, or the next epoch of an interrupted run, whose state begin() loads into all three
+    # 1; after an interruption the next epoch, and begin() changes model, optimizer and schedule to
+    # what they were
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
@@ -384,8 +389,7 @@ def open_study(args, where):
             f"-price{args.price}")
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
                                 direction="minimize", pruner=pruner)
-    # the report's values are one of the trials; not if a worker was killed in the middle of it
-    if not any(t.user_attrs.get("report") and t.state != TrialState.RUNNING for t in study.trials):
+    if not study.trials:  # the report's values come first
         study.enqueue_trial(REPORT, user_attrs={"report": True})
     return study
 
@@ -413,7 +417,7 @@ def tune(args, data):
         common.fail(f"the study of a finished run, {where}, is gone: start a new one")
 
     while len(study.get_trials(states=FINISHED)) < args.tune:
-        trial = study.ask()  # a number yet: suggest() draws the values, from study.sampler
+        trial = study.ask()  # so far only a number: suggest() draws the values, by study.sampler
         # all draws follow from the seed and the trial's number: with one seed for all, workers
         # that start together and searches that go on would try the same points
         rng = common.seed_everything(args.seed, trial.number)  # of the first weights too

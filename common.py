@@ -158,19 +158,16 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None)
     """
     of_script = list(vars(parser.parse_args([])))
     add_run_flags(parser)
-    flags = list(vars(parser.parse_args([])))
+    plain = vars(parser.parse_args([]))
 
-    # argparse leaves what the namespace holds before, unless the words name that flag
-    def read(words):
-        args = parser.parse_args(words)  # is there a --recipe, a mode, --fast?
-        args = parser.parse_args(words, argparse.Namespace(**defaults(args)))
+    def read(words):  # twice: a --recipe, a mode or --fast changes the defaults of other flags
+        parser.set_defaults(**plain)
+        parser.set_defaults(**defaults(parser.parse_args(words)))
+        args = parser.parse_args(words)
         for flag, value in vars(args).items():
             if value == "":  # an unset variable in a shell
                 parser.error(f"--{flag.replace('_', '-')} is empty")
         return args
-
-    def given(words):  # {flag: value}, None for each that is not among the words
-        return vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(flags))))
 
     words = sys.argv[1:] if argv is None else list(argv)
     args = read(words)
@@ -180,17 +177,17 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None)
             parser.error("--resume goes on in its own folder: leave --out-dir out")
         begun = read_config(args.resume, script)
         before, args = vars(read(begun["argv"])), read([*begun["argv"], *words])
-        for flag, value in given(words).items():
-            if value not in (None, before[flag]) and flag not in FREE:
-                parser.error(f"--{flag.replace('_', '-')} is {before[flag]} in {args.resume}: "
-                             "leave it out, or start a new run")
+        changed = [f"--{flag.replace('_', '-')} is {before[flag]}"
+                   for flag, value in vars(args).items()
+                   if value != before[flag] and flag not in FREE]
+        if changed:
+            parser.error(f"{', '.join(changed)} in {args.resume}: leave it so, or start a new run")
         words, args.out_dir = begun["argv"], None
         args.data = begun["data"]  # what auto found when the run began
 
     for mode, takes in (modes or {}).items():
-        others = set(of_script) - {mode, *takes}
-        for flag in sorted(others) if getattr(args, mode) else ():
-            if given(words)[flag] is not None:
+        for flag in of_script if getattr(args, mode) else ():
+            if flag not in (mode, *takes) and getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
     return with_flags(args, device=pick_device(args.device), argv=words, begun=begun, script=script,
                       runs=runs or {})
@@ -252,16 +249,16 @@ def load_data(args):
     socket.setdefaulttimeout(10)  # seconds without an answer: a download would wait for ever
     if args.data != "digits":
         try:
-            name, classes, *arrays = read_fashion(Path(args.data_dir), download=not args.fast)
+            fields = read_fashion(Path(args.data_dir), download=not args.fast)
+            args.data = "fashion"
         except LookupError as problem:
             if args.data == "fashion":
                 fail(f"{problem}; --data digits needs no download")
             print(f"{problem}: using scikit-learn's 1,797 digits instead")
             args.data = "digits"
     if args.data == "digits":
-        name, classes, *arrays = read_digits()
-    else:
-        args.data = "fashion"
+        fields = read_digits()
+    name, classes, *arrays = fields
     if args.fast:
         arrays = [a[:n] for a, n in zip(arrays, (1000, 1000, 300, 300), strict=True)]
     return Data(name, classes, *(a.to(args.device) for a in arrays))
@@ -286,8 +283,7 @@ def read_fashion(folder, download):
     """
     def damaged():
         return [f for f in (folder / "FashionMNIST" / "raw" / name for name in SHA256)
-                if not f.is_file()  # a pipe, say, which would be waited for
-                or hashlib.sha256(f.read_bytes()).hexdigest() != SHA256[f.name]]
+                if not f.is_file() or hashlib.sha256(f.read_bytes()).hexdigest() != SHA256[f.name]]
 
     bad = damaged()
     problem = "even after a download" if download else "--fast downloads nothing"
@@ -324,8 +320,8 @@ def seed_everything(*numbers):
 def split(y, seed):
     """(training indices, validation indices): one stratified 80/20 split; see splits."""
     y = y.cpu().numpy()
-    fewest = np.unique(y, return_counts=True)[1].min()  # images of a class; one is not in two parts
-    stratify = y if fewest > 1 else None
+    fewest = np.unique(y, return_counts=True)[1].min()
+    stratify = y if fewest > 1 else None  # a single image of a class cannot be in both parts
     pair = train_test_split(np.arange(len(y)), test_size=0.2, stratify=stratify, random_state=seed)
     return tuple(torch.tensor(part) for part in pair)
 
@@ -375,10 +371,10 @@ def augment(x, kind, rng):
     if kind != "flip":
         angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
         right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # 28 pixels are 2 wide
-        if kind == "report":  # turned only; the others are moved only
-            right, down = 0 * right, 0 * down
+        if kind == "report":
+            right = down = torch.zeros(len(x))  # turned, not moved
         else:
-            angle = 0 * angle
+            angle = torch.zeros(len(x))  # moved, not turned
         move = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1)
         grid = F.affine_grid(move.view(-1, 2, 3).to(x.device), x.shape, align_corners=False)
         x = F.grid_sample(x, grid, align_corners=False)  # what comes in from outside is black
@@ -537,19 +533,18 @@ def new_config(args):
 def new_folder(args, config):
     """--out-dir, refused unless new or empty; or runs/SCRIPT-TIME, new in any case."""
     name = args.out_dir or time.strftime(f"runs/{args.script}-%Y%m%d-%H%M%S")
-    try:
-        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-            folder = Path(name + suffix)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not any(folder.iterdir()):
-                with open(folder / "config.json", "x") as f:  # x: no other run took it just now
-                    json.dump(config, f, indent=2)
-                return folder
-            if args.out_dir:
+    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+        folder = Path(name + suffix)
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(args.out_dir))
+            if any(folder.iterdir()):
                 fail(f"--out-dir {shell(name)} is not empty: name a new folder, or go on with "
                      f"the run in it by --resume {shell(name)}")
-    except OSError as error:
-        fail(f"cannot write to {name} ({error.strerror}): name another with --out-dir")
+            (folder / "config.json").write_text(json.dumps(config, indent=2))
+            return folder
+        except OSError as error:
+            if args.out_dir or not isinstance(error, FileExistsError):  # of a run of this second
+                fail(f"cannot write to {name} ({error.strerror}): name another with --out-dir")
 
 
 class Run:
@@ -787,13 +782,20 @@ def draw_reconstructions(run, name, data, rows):
               [data.classes[c] for c in classes])
 
 
-def plot_curves(run, name, rows, panels, title, caption):
-    """Curves over the epochs, from rows of log.jsonl. panels: {y label: keys}, a panel each."""
-    fig = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    for ax, (ylabel, keys) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(),
-                                  strict=True):
-        for key in keys:
+def plot_curves(run, name, rows, panels, title, caption, levels=None):
+    """Curves over the epochs, from rows of log.jsonl. panels: {y label: keys}, two in a row.
+
+    levels: {key: (label, value)}: a dashed line to compare the key's curve with.
+    """
+    down, across = math.ceil(len(panels) / 2), min(2, len(panels))
+    fig = Figure(figsize=(5.5 * across, 4 * down), layout="constrained")
+    for place, (ylabel, keys) in enumerate(panels.items(), start=1):
+        ax = fig.add_subplot(down, across, place)
+        for color, key in enumerate(keys):
             ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], marker=".", label=key)
+            if key in (levels or {}):
+                label, value = levels[key]
+                ax.axhline(value, color=f"C{color}", ls="--", label=label)
         ax.set(xlabel="epoch", ylabel=ylabel)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)

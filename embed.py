@@ -65,6 +65,12 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------- maps
 
 
+LABELS = {"ae": ("AE", "z[0]", "z[1]"), "vae": ("VAE", "mu[0]", "mu[1]"),
+          "pca": ("PCA", "first component", "second component"),
+          "tsne": ("t-SNE", "first coordinate, no unit",
+                   "second coordinate: large distances mean little")}
+
+
 class Map(NamedTuple):
     """One map of the test images."""
 
@@ -102,8 +108,9 @@ def map_tsne(x, perplexity, seed):
     """t-SNE of x (N, 1, 28, 28), of its first 50 principal components: (N, 2), and numbers.
 
     With all 784 pixels most of the time would go into the search for neighbours. t-SNE moves the
-    points themselves, it learns no function of x: a new image has no place, a place no image. It
-    starts from the first two components, so that the seed hardly changes a thing.
+    points themselves, it learns no function of x: a new image has no place in the map, and no image
+    can be made from a place. It starts from the first two components, so that the seed hardly
+    changes a thing.
     """
     print(f"t-SNE of {len(x):,} points with perplexity {perplexity:g}", flush=True)
     clock = time.perf_counter()
@@ -133,19 +140,18 @@ def measure(x, y, maps, classes):
 
 def table(maps):
     """The list of Maps as lines of text."""
-    return common.table([
-        ("map", "5-NN accuracy", "trustworthiness", "test MSE", "seconds", "new points"),
-        *((LABELS[name][0] + (f", perplexity {m['perplexity']:g}" if name == "tsne" else ""),
-           m["knn_accuracy"], m["trustworthiness"], m.get("test_mse"), m["seconds"],
-           "yes" if m["places_new_points"] else "no") for name, _, m in maps)])
+    rows = [("map", "5-NN accuracy", "trustworthiness", "test MSE", "seconds", "new points")]
+    for name, _, numbers in maps:
+        title = LABELS[name][0]
+        if name == "tsne":
+            title += f", perplexity {numbers['perplexity']:g}"
+        rows.append((title, numbers["knn_accuracy"], numbers["trustworthiness"],
+                     numbers.get("test_mse"), numbers["seconds"],
+                     "yes" if numbers["places_new_points"] else "no"))
+    return common.table(rows)
 
 
 # --------------------------------------------------------------------------- figures
-
-LABELS = {"ae": ("AE", "z[0]", "z[1]"), "vae": ("VAE", "mu[0]", "mu[1]"),
-          "pca": ("PCA", "first component", "second component"),
-          "tsne": ("t-SNE", "first coordinate, no unit",
-                   "second coordinate: large distances mean little")}
 
 
 def spread(points, gap):
@@ -164,18 +170,24 @@ def spread(points, gap):
 def draw_names(ax, points, y, classes):
     """The name of each class at the median of its points (N, 2), or above, with a line to there.
 
-    From the lowest to the highest: a name moves up by 1 % of the map until it lies on no other.
+    From the lowest to the highest: a name moves up until it lies on no other. The axes must have
+    their limits already.
     """
-    size, taken = np.ptp(points, axis=0), []
+    width, height = np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())
+    taken = []  # centre and half the width of each name
+
+    def is_taken(x, y, half):
+        return any(abs(x - x2) < half + half2 and abs(y - y2) < 0.034 * height
+                   for x2, y2, half2 in taken)
+
     medians = {c: np.median(points[y == c], axis=0) for c in np.unique(y)}
-    for c, at in sorted(medians.items(), key=lambda item: item[1][1]):
-        half = 0.009 * len(classes[c])  # about half of the name's width, in widths of the map
-        while any(abs(at - other)[0] < (half + other_half) * size[0]
-                  and abs(at - other)[1] < 0.037 * size[1] for other, other_half in taken):
-            at = at + [0, 0.01 * size[1]]
-        taken.append((at, half))
-        ax.plot(*zip(medians[c], at, strict=True), color="black", lw=1, zorder=9)
-        ax.text(*at, classes[c], ha="center", va="center", weight="bold", zorder=10,
+    for c, (x, y_median) in sorted(medians.items(), key=lambda item: item[1][1]):
+        y_name, half = y_median, 0.008 * len(classes[c]) * width  # of bold letters, about
+        while is_taken(x, y_name, half):
+            y_name += 0.01 * height
+        taken.append((x, y_name, half))
+        ax.plot([x, x], [y_median, y_name], color="black", lw=1, zorder=9)
+        ax.text(x, y_name, classes[c], ha="center", va="center", weight="bold", zorder=10,
                 path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
@@ -185,7 +197,8 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
     Some of the images are drawn, centred at their points: they show what a region means. The axes
     leave out the outermost hundredth of the points: a few outliers would squeeze all others.
     """
-    rows, size = math.ceil(len(maps) / columns), 7 if columns < 3 else 5
+    rows = math.ceil(len(maps) / columns)
+    size = 7 if columns < 3 else 5  # of one map, in inches
     fig = Figure(figsize=(size * columns + 1, (size - 1) * rows + 1), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).flat
     for ax, (name, points, numbers) in zip(axes, maps, strict=True):
@@ -198,7 +211,6 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
                                 norm=Normalize(0, 1))
             edge = {"edgecolor": common.COLORS[y[i] % len(common.COLORS)], "linewidth": 1.5}
             ax.add_artist(AnnotationBbox(image, points[i], pad=0, bboxprops=edge))
-        draw_names(ax, points, y, data.classes)
         title, xlabel, ylabel = LABELS[name]
         title += (f", perplexity {numbers['perplexity']:g}" if name == "tsne" else
                   f": test MSE {numbers['test_mse']:.4f}")
@@ -206,6 +218,7 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
                ylim=(low[1] - margin[1], high[1] + margin[1]),
                title=f"{title}\n5-NN accuracy {numbers['knn_accuracy']:.3f}, "
                      f"trustworthiness {numbers['trustworthiness']:.3f}")
+        draw_names(ax, points, y, data.classes)
     fig.suptitle(f"{data.name}: {len(x):,} test images")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", markerscale=4)
     run.save(fig, file, "Which classes find a place of their own, and which share one?")
@@ -234,8 +247,8 @@ def main(argv=None):
                     f"{n} are too few: name a smaller one, or more --points")
     x, y = data.x_test[:n], data.y_test[:n].cpu().numpy()
 
-    for folder, script in ((args.ae, "ae"), (args.vae, "vae")):  # before one of them is trained
-        if folder and common.read_config(folder, script)["flags"]["latent_dim"] != 2:
+    for folder, name in ((args.ae, "ae"), (args.vae, "vae")):  # before one of them is trained
+        if folder and common.read_config(folder, name)["flags"]["latent_dim"] != 2:
             common.fail(f"{folder} has more than two latent dimensions: a map takes --latent-dim 2")
 
     run = common.Run(args, data)

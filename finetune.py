@@ -126,7 +126,7 @@ def settings(args, name):
     """
     flags = common.with_flags(args)
     for flag, value in SETTINGS[args.recipe][name].items():
-        if getattr(args, flag, None) is None:  # not given: these have no default of their own
+        if getattr(args, flag, None) is None:  # not given; weight_decay is no flag here, never is
             setattr(flags, flag, value)
     flags.model, flags.optimizer = name, "adam"
     flags.schedule = "constant" if args.recipe == "report" else "onecycle"
@@ -282,8 +282,8 @@ def fit(args, run, part, seeds, train, val, classes, start=None, by_accuracy=Fal
     (x, y), (x_val, y_val) = train, val
     model = build(args, classes, start)
     if args.train != "all" and (args.scratch or args.model == "resnet18-random"):
-        # BatchNorm in frozen layers never trains: its mean and variance would stay 0 and 1, while
-        # random layers make others of the data. Measure them
+        # BatchNorm in frozen layers never trains: its mean and variance would stay 0 and 1, but
+        # what random layers make of the data has others. Measure those
         update_bn(x[:10_000].split(500), model)
     optimizer, schedule = ae.make_optimizer(model, args, len(x))
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
@@ -328,17 +328,6 @@ def loss_and_accuracy(logits, y):
 def evaluate(model, x, y):
     """(mean cross entropy in nats, accuracy from 0 to 1) over all of x (N, 1, 28, 28), y (N,)."""
     return loss_and_accuracy(predict(model, x), y)
-
-
-def load_judge(args, data):
-    """The CNN that judges the samples of gan.py, in evaluation mode: --judge, or a new one."""
-    folder = args.judge or common.trained("finetune", "judge", args,
-                                          ["--model", "cnn", "--epochs", "8"], minutes=6)
-    # a run of all models keeps the weights of the last one in TABLE3, the CNN
-    if common.read_config(folder, "finetune")["flags"]["model"] not in ("cnn", "all"):
-        common.fail(f"{folder} is no run of finetune.py --model cnn, which the judge is")
-    judge = common.load_run(folder, "finetune", parse_args, lambda flags: CNN(len(data.classes)))
-    return judge.to(args.device).eval()
 
 
 # --------------------------------------------------------------------------- few labels
@@ -462,18 +451,18 @@ def transfer(args, data):
 
         x, y = of_classes(*train, half, classes)
         x_val, y_val = of_classes(*val, half, classes)
-        val = x_val[:1000], y_val[:1000]  # enough to choose, and each epoch looks at them
+        few_val = x_val[:1000], y_val[:1000]  # enough to choose, and each epoch looks at them
         test = of_classes(data.x_test, data.y_test, half, classes)
         for n in sorted({min(n, most) for n in (50, 500, 5000)}):
             idx = label_subset(y, n, seed)
             points["frozen", n].append(probe(
-                partial(encode, source), (x[idx], y[idx]), val, test))
+                partial(encode, source), (x[idx], y[idx]), few_val, test))
             # repeat few images: an epoch has at least a sixteenth as many steps as one over all x
             idx = idx.repeat(math.ceil(len(x) / 16 / n))
             for way, weights in (("fine-tuned", start), ("from scratch", None)):
                 points[way, n].append(fit_best(
-                    TRANSFER, flags, run, f"{n}, {way}, {seed}", (seed, 1),
-                    ((x[idx], y[idx]), val, test), classes - half, weights))
+                    TRANSFER, flags, run, f"{n}, {way}, {seed}", (seed, 1),  # 1: other draws
+                    ((x[idx], y[idx]), few_val, test), classes - half, weights))
     return finish_points(run, points, "transfer",
                          f"{data.name}: does it help to learn other classes first?")
 
@@ -657,14 +646,14 @@ def main(argv=None):
     if "ae" in names and not args.scratch:
         args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=9)
 
-    models = {}
+    results = {}
     for name in names:
-        models[name], model = train_and_test(settings(args, name), run, data, splits,
-                                             imagenet if name == "resnet18" else None)
-    draw_per_class(run, models, data)
-    return run.finish({"models": models, "left_out": left_out,
-                       "epochs": {name: m["epochs"] for name, m in models.items()}},
-                      table3(models, left_out), model)
+        results[name], model = train_and_test(settings(args, name), run, data, splits,
+                                              imagenet if name == "resnet18" else None)
+    draw_per_class(run, results, data)
+    return run.finish({"models": results, "left_out": left_out,
+                       "epochs": {name: r["epochs"] for name, r in results.items()}},
+                      table3(results, left_out), model)  # of several models, the last one
 
 
 if __name__ == "__main__":

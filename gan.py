@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from sklearn.mixture import GaussianMixture
 from torch.nn.utils import get_total_norm
 from torch.nn.utils.parametrizations import spectral_norm
@@ -163,12 +162,13 @@ def build(args):
     netG = Generator(args.noise_dim, args.filters, args.batchnorm)
     netD = Discriminator(args.d_filters)
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    for net in (netG, netD):
-        layers = [m for m in net.modules() if isinstance(m, kinds)]  # spectral_norm adds modules
-        for layer in layers:
-            if args.init_std:
+    if args.init_std:
+        for layer in (*netG.modules(), *netD.modules()):
+            if isinstance(layer, kinds):
                 nn.init.normal_(layer.weight, 0, args.init_std)
-            if args.spectral_norm and net is netD:
+    if args.spectral_norm:
+        for layer in list(netD.modules()):  # a list, since each call adds a module to netD
+            if isinstance(layer, kinds):
                 spectral_norm(layer)  # divides the weight by its largest singular value
     return netG.to(args.device), netD.to(args.device)
 
@@ -176,6 +176,18 @@ def build(args):
 def load_run(folder):
     """The generator that a finished run of this script shows."""
     return common.load_run(folder, "gan", parse_args, lambda args: build(args)[0])
+
+
+def load_judge(args, data):
+    """The CNN that judges the samples: of --judge, or a new one."""
+    folder = args.judge or common.trained("finetune", "judge", args,
+                                          ["--model", "cnn", "--epochs", "8"], minutes=6)
+    # a run of all models keeps the weights of the last one in TABLE3, the CNN
+    if common.read_config(folder, "finetune")["flags"]["model"] not in ("cnn", "all"):
+        common.fail(f"{folder} is no run of finetune.py --model cnn, which the judge is")
+    judge = common.load_run(folder, "finetune", finetune.parse_args,
+                            lambda flags: finetune.CNN(len(data.classes)))
+    return judge.to(args.device)
 
 
 # --------------------------------------------------------------------------- loss
@@ -221,9 +233,9 @@ def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, ar
         g_loss.backward(inputs=list(netG.parameters()))
         g_optimizer.step()
 
-        t = schedules[0].last_epoch  # steps so far, in spite of its name
+        steps = schedules[0].last_epoch  # so far: a schedule calls each of its steps an epoch
         # with args.ema from the start, the first, random weights would count for thousands of steps
-        update_average(netG_ema, netG, decay=min(args.ema, (1 + t) / (10 + t)))
+        update_average(netG_ema, netG, decay=min(args.ema, (1 + steps) / (10 + steps)))
         for schedule in schedules:
             schedule.step()
 
@@ -269,11 +281,12 @@ def fit(args, run, part, seeds, x_train, judge, val_features):
     netG_ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
     g_optimizer, g_schedule = make_optimizer(netG, args, len(x_train))
     d_optimizer, d_schedule = make_optimizer(netD, args, len(x_train))
-    # 1, or the next epoch of an interrupted run, whose state begin() loads into all of these. The
-    # best weights are kept of netG_ema
+    # 1; after an interruption the next epoch, and begin() changes all of these to what they were.
+    # The best weights are kept of netG_ema
     first = run.begin(part, args.epochs, netG_ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
                       d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule)
-    # half as many samples as real images, to save time: the distance compares with such ones only
+    # half as many samples as real images, to save time. The distance depends on their number, so
+    # main() measures training images, which it is drawn beside, with as many
     z_val = noise(len(val_features) // 2, args.noise_dim, VAL_NOISE, args.device)
     z_shown = noise(10, args.noise_dim, FIGURE_NOISE, args.device)
     for epoch in range(first, args.epochs + 1):
@@ -382,28 +395,15 @@ def draw_curves(run, rows, train_frechet, data_name):
 
     train_frechet: the distance of training images, which no generator can be expected to beat.
     """
-    panels = {"loss": ("d_loss", "g_loss"), "D's accuracy": ("d_accuracy_real", "d_accuracy_fake"),
-              "Frechet distance to validation images": ("val_frechet",),
-              "norm of G's gradient": ("g_gradient",)}
-    fig = Figure(figsize=(10, 7), layout="constrained")
-    for ax, (ylabel, keys) in zip(fig.subplots(2, 2).flat, panels.items(), strict=True):
-        for color, key in enumerate(keys):
-            ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], label=key, marker=".",
-                    color=f"C{color}")
-            if key in CHANCE:
-                ax.axhline(CHANCE[key], color=f"C{color}", ls="--", label=f"{key} at chance level")
-        if ylabel == "D's accuracy":
-            ax.axhline(0.5, color="gray", ls="--", label="chance level")
-        if keys == ("val_frechet",):
-            ax.axhline(train_frechet, color="gray", ls="--",
-                       label=f"training images: {train_frechet:.1f}")
-            ax.set_ylim(0)
-        ax.set(xlabel="epoch", ylabel=ylabel)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
-        ax.legend()
-    fig.suptitle(f"{data_name}: the losses of a GAN, and what its samples are worth")
-    run.save(fig, "fig24_loss", "Could you tell from the losses when the samples became good?")
+    levels = {key: (f"{key} at chance level", value) for key, value in CHANCE.items()}
+    levels |= {"d_accuracy_fake": ("chance level", 0.5),
+               "val_frechet": (f"training images: {train_frechet:.1f}", train_frechet)}
+    common.plot_curves(run, "fig24_loss", rows, {
+        "loss": ("d_loss", "g_loss"), "D's accuracy": ("d_accuracy_real", "d_accuracy_fake"),
+        "Frechet distance to validation images": ("val_frechet",),
+        "norm of G's gradient": ("g_gradient",)},
+        f"{data_name}: the losses of a GAN, and what its samples are worth",
+        "Could you tell from the losses when the samples became good?", levels)
 
 
 def draw_samples(run, netG, data, x_train, album):
@@ -435,7 +435,7 @@ def draw_samples(run, netG, data, x_train, album):
 
 VARIANTS = {  # one change at a time
     "best": {
-        "ours": {}, "two layers in D": {"d_filters": [64, 128]},
+        "ours": {}, "two layers in D": {"d_filters": [64, 128]},  # fewer, but wider
         "no batch norm": {"batchnorm": False},
         "no spectral norm": {"spectral_norm": False}, "no EMA": {"ema": 0.0},
         "rate 2e-4": {"lr": 2e-4}, "constant rate": {"schedule": "constant"},
@@ -461,7 +461,7 @@ def ablate(args, data, repeats=2):
     Widths and batch size also differ between the two recipes and are not varied.
     """
     run = common.Run(args, data, columns=("d_loss", "g_loss", "val_frechet"))
-    judge = finetune.load_judge(args, data)
+    judge = load_judge(args, data)
     ablation = {}
     for name, change in VARIANTS[args.recipe].items():
         last_rows = []  # the numbers of the last epoch, of each seed
@@ -489,16 +489,12 @@ def shuffled(x, seed):
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)]
 
 
-def fit_density(codes, components, seed):
-    """A mixture of Gaussians for codes (N, D): an autoencoder has no noise to start from."""
-    return GaussianMixture(components, random_state=seed).fit(codes.cpu().double())
-
-
 def sample_density(net, density, n, seed):
     """n images (n, 1, 28, 28) that an autoencoder decodes from draws of a density of its codes."""
     density.random_state = seed  # of its sample()
-    z = shuffled(torch.tensor(density.sample(n)[0]).float(), seed)  # sample() sorts its points
-    return vae.decode(net, z.to(next(net.parameters()).device))  # an AE has a decoder too
+    # sample() returns one Gaussian after the other, but measures and figures take the first few
+    z = shuffled(torch.tensor(density.sample(n)[0]).float(), seed)
+    return vae.decode(net, z.to(next(net.parameters()).device))  # net.decoder: an AE has one too
 
 
 def sample_sets(folders, args, data):
@@ -513,10 +509,10 @@ def sample_sets(folders, args, data):
         net.to(args.device)
     n, x_train = len(data.x_test), data.x_train
     print("fitting Gaussians to the codes of AE and VAE", flush=True)
-    z_ae, z_vae = ae.encode(netA, x_train), vae.encode(netV, x_train)[0]
-    ae_1 = fit_density(z_ae, 1, args.seed)
-    ae_50 = fit_density(z_ae, 50, args.seed)
-    vae_50 = fit_density(z_vae, 50, args.seed)
+    # an autoencoder has no noise to start from: its codes get a mixture of Gaussians as a density
+    z_ae, z_vae = ae.encode(netA, x_train).cpu(), vae.encode(netV, x_train)[0].cpu()
+    ae_1, ae_50, vae_50 = (GaussianMixture(k, random_state=args.seed).fit(z.double())
+                           for z, k in ((z_ae, 1), (z_ae, 50), (z_vae, 50)))
     for seed in COMPARE_NOISE:
         x = shuffled(x_train, seed)[:n]
         yield {
@@ -534,13 +530,14 @@ def sample_sets(folders, args, data):
 def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
     run = common.Run(args, data)
-    judge = finetune.load_judge(args, data)
+    judge = load_judge(args, data)
+    with_judge = ["--judge", args.judge] if args.judge else []  # it chooses a GAN's best epoch
     folders = {
         "ae": args.ae or common.trained("ae", "ae", args, [], minutes=9),
         "vae": args.vae or common.trained("vae", "vae", args, [], minutes=7),
-        "gan": args.gan or common.trained("gan", "gan", args, [], minutes=27),
+        "gan": args.gan or common.trained("gan", "gan", args, with_judge, minutes=27),
         "gan_report": args.gan_report or common.trained(
-            "gan", "gan-report", args, ["--recipe", "report"], minutes=65)}
+            "gan", "gan-report", args, ["--recipe", "report", *with_judge], minutes=65)}
     test_features = finetune.encode(judge, data.x_test)
     judged, shown = defaultdict(list), {}
     for sets in sample_sets(folders, args, data):
@@ -551,12 +548,10 @@ def compare(args, data):
             shown[name] = x[:14]
     results = {}
     for name, each in judged.items():
-        results[name] = {}
-        for key in each[0]:  # a number, or several: of halves, of classes
-            values = np.array([row[key] for row in each])
-            results[name][key] = values.mean(0).tolist()
-            if values.ndim == 1:
-                results[name][f"{key}_std"] = values.std(ddof=1).item()
+        results[name] = {key: np.mean([row[key] for row in each], axis=0).tolist()
+                         for key in each[0]}
+        for key in ("frechet", "precision", "recall"):
+            results[name][f"{key}_std"] = statistics.stdev(row[key] for row in each)
     common.draw_rows(run, "generators", {
         f"{name}\nFrechet {results[name]['frechet']:.1f}": x for name, x in shown.items()}, 14,
         f"{data.name}: which model is the best generator?",
@@ -582,7 +577,7 @@ def main(argv=None):
     if args.ablate:
         return ablate(args, data)
     run = common.Run(args, data, columns=("d_loss", "g_loss", "val_frechet"))
-    judge = finetune.load_judge(args, data)
+    judge = load_judge(args, data)
     train_idx, val_idx = common.split(data.y_train, args.seed)
     x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]
     val_features = finetune.encode(judge, x_val)

@@ -187,10 +187,10 @@ def loss_function(recon_x, x, mu, logvar, log_sigma, beta):
     """-log p(x|z) + beta * KL in nats, the mean over the batch (beta-VAE, Higgins et al. 2017).
 
     With beta 1 it is minus the ELBO, a bound on log p(x). Both terms are sums, over pixels and
-    over latents. The popular shortcut, F.mse_loss(recon_x, x) + KL, divides only the first by 784:
-    392 times it, MSE * 784 / 2 + 392 * KL, is this loss with sigma 1 and beta 392, up to a
-    constant. For a fixed sigma only beta * sigma^2 matters: multiply the loss by 2 * sigma^2. A
-    learned one settles at the root of the MSE, here about 0.1.
+    over latents. The popular shortcut, F.mse_loss(recon_x, x) + KL, divides only the first by 784.
+    With sigma 1 our first term is 392 * MSE, up to a constant; so the shortcut, times 392, is our
+    loss with beta 392. For a fixed sigma only beta * sigma^2 matters: multiply the loss by
+    2 * sigma^2. A learned one settles at the root of the MSE, here about 0.1.
     """
     return (gaussian_nll(recon_x, x, log_sigma) + beta * kl_divergence(mu, logvar).sum(1)).mean()
 
@@ -228,7 +228,8 @@ def fit(args, run, part, seeds, x_train, x_val):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, epochs=args.epochs,
         steps_per_epoch=math.ceil(len(x_train) / args.batch_size))
-    # 1, or the next epoch of an interrupted run, whose state begin() loads into all three
+    # 1; after an interruption the next epoch, and begin() changes model, optimizer and schedule to
+    # what they were
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
@@ -254,9 +255,9 @@ def fit(args, run, part, seeds, x_train, x_val):
 def encode(model, x):
     """mu, logvar (N, D) in evaluation mode, order kept. As a code, take mu: it has no noise."""
     model.eval()
-    # as one tensor (N, 2, D), since in_batches joins one tensor of each batch
-    codes = common.in_batches(lambda batch: torch.stack(model.encoder(batch), 1), x)
-    mu, logvar = codes.unbind(1)
+    # in_batches joins one tensor of each batch: mu and logvar side by side, (N, 2 D)
+    codes = common.in_batches(lambda batch: torch.cat(model.encoder(batch), 1), x)
+    mu, logvar = codes.chunk(2, 1)
     return mu, logvar
 
 

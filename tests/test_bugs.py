@@ -97,7 +97,7 @@ def test_the_clinic_shows_every_case():
         assert seen.count("?") == 3 and header(patch)["title"] not in seen
         diff = patch.read_text().partition("\n@@")[2].splitlines()
         changed = [line for line in diff if line.startswith(("+", "-"))]
-        assert 2 <= len(changed) <= 5
+        assert 1 <= len(changed) <= 5
         assert all(line[1:].strip() in folded for line in changed if line.startswith("+"))
 
 

@@ -170,6 +170,7 @@ def test_names_lie_at_the_medians():
 
     def places(points, y):
         ax = embed.Figure().subplots()
+        ax.set(xlim=(0, 100), ylim=(0, 100))
         embed.draw_names(ax, points, y, classes)
         return {text.get_text(): text.get_position() for text in ax.texts}
     medians = {"dress": (1, 1), "trouser": (100, 0), "top": (0.5, 50.5)}

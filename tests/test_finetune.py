@@ -9,6 +9,7 @@ from pathlib import Path
 import ae
 import common
 import finetune
+import gan
 import numpy as np
 import pytest
 import torch
@@ -336,10 +337,11 @@ def test_judge_is_the_best_epoch_of_the_last_fold(no_figures, monkeypatch):
                              "folds"])
     assert metrics["models"]["cnn"]["best_epoch"] == 1
     assert metrics["models"]["cnn"]["fold_val_loss"] == [1.0, 2.0]
-    judge = finetune.load_judge(Namespace(judge="folds", device="cpu"), common.load_data(None))
+    judge = gan.load_judge(Namespace(judge="folds", device="cpu"), common.load_data(None))
     best = common.load_checkpoint(Path("folds/cnn-fold-2.pt"), {})["best"]
     assert best["epoch"] == 1 and best["score"] == 2
     assert all(value.equal(best["model"][key]) for key, value in judge.state_dict().items())
+    finetune.encode(judge, torch.rand(3, 1, 28, 28))
     assert not judge.training
 
 
@@ -347,20 +349,20 @@ def test_a_judge_is_a_cnn(encoder, no_figures, fails):
     """A network without the judge's features, or a message about a damaged file."""
     finetune.main([*FAST, "--model", "ae", "--epochs", "1", "--encoder", encoder, "--out-dir", "a"])
     assert "a is no run of finetune.py --model cnn" in fails(
-        2, finetune.load_judge, Namespace(judge="a", device="cpu"), common.load_data(None))
+        2, gan.load_judge, Namespace(judge="a", device="cpu"), common.load_data(None))
 
 
 def test_judge_is_trained_where_there_is_none(no_figures, capsys, monkeypatch, parity):
     """A chapter that fails because another one was not run yet, or trains it again each time."""
     monkeypatch.setattr(common, "load_data", lambda args: parity)
     args = Namespace(judge=None, data="digits", data_dir="data", seed=5, fast=True, device="cpu")
-    judge = finetune.load_judge(args, parity)
+    judge = gan.load_judge(args, parity).eval()
     assert "python finetune.py --model cnn --epochs 8 --data digits --seed 5 --fast" in (
         capsys.readouterr().out)
     x = torch.rand(3, 1, 28, 28)
     assert judge.features(x).shape == (3, 105) and judge(x).shape == (3, 2)
     monkeypatch.setattr(finetune, "main", None)
-    again = finetune.load_judge(args, parity).state_dict()
+    again = gan.load_judge(args, parity).state_dict()
     assert all(value.equal(again[key]) for key, value in judge.state_dict().items())
 
 

@@ -17,7 +17,7 @@ from conftest import history, numbers, readme_commands
 FAST = ["--fast", "--data", "digits", "--device", "cpu"]
 SMALL = ["--filters", "8", "8", "8", "--d-filters", "4", "4"]
 GPU = common.pick_device("auto")
-LOAD, JUDGE = common.load_data, finetune.load_judge
+LOAD, JUDGE = common.load_data, gan.load_judge
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def judge():
 def few(monkeypatch, fewer, judge):
     """What main() loads and asks."""
     monkeypatch.setattr(common, "load_data", lambda args: fewer)
-    monkeypatch.setattr(finetune, "load_judge", lambda args, data: judge)
+    monkeypatch.setattr(gan, "load_judge", lambda args, data: judge)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def fast_run(tmp_path_factory, fewer, judge):
     folder = tmp_path_factory.mktemp("fast")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_data", lambda args: fewer)
-        patch.setattr(finetune, "load_judge", lambda args, data: judge)
+        patch.setattr(gan, "load_judge", lambda args, data: judge)
         return gan.main([*FAST, "--out-dir", str(folder)]), folder
 
 
@@ -71,7 +71,7 @@ def two_classes(monkeypatch, fewer):
     common.seed_everything(0)
     judge = finetune.CNN(2).eval()
     monkeypatch.setattr(common, "load_data", lambda args: parity)
-    monkeypatch.setattr(finetune, "load_judge", lambda args, data: judge)
+    monkeypatch.setattr(gan, "load_judge", lambda args, data: judge)
     return parity
 
 
@@ -393,7 +393,7 @@ def test_two_classes(two_classes):
 def test_gpu(monkeypatch):
     """A tensor that stays on the CPU."""
     monkeypatch.setattr(common, "load_data", LOAD)
-    monkeypatch.setattr(finetune, "load_judge", JUDGE)  # it is trained there too
+    monkeypatch.setattr(gan, "load_judge", JUDGE)  # it is trained there too
     metrics = gan.main(["--fast", "--data", "digits", "--device", GPU])
     assert metrics["device"] == GPU and math.isfinite(metrics["frechet"])
 

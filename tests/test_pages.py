@@ -146,6 +146,9 @@ def test_everything_named_is_there():
         links = re.findall(r"\]\(([^)#\s]+)\)|src=\"([^\"]+)\"", page.read_text())
         for link in filter(None, (a or b for a, b in links)):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+        for script, name in re.findall(r"\[`(\w+)\.(?!py)(\w+)`\]", page.read_text()):
+            assert re.search(rf"^(def|class) {name}\b|^{name} = ",
+                             (ROOT / f"{script}.py").read_text(), re.M), f"{script}.{name}"
     for metrics in RUNS.values():
         assert metrics["fast"] is False and metrics["data"] == "fashion"
         assert {"command", "versions", "machine", "seed"} <= metrics.keys()

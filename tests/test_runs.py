@@ -270,7 +270,8 @@ def test_load_run(fails, capsys):
     ("--latent-dim 7", "--latent-dim is 3 in run"), ("--epochs 4", "--epochs is 3 in run"),
     ("--recipe report", "--recipe is best in run"), ("--seed 1", "--seed is 0 in run"),
     ("--fast", "--fast is False in run"), ("--data fashion", "--data is digits in run"),
-    ("--tune 4", "--tune is None in run"), ("--storage s", "--storage is None in run"),
+    ("--tune 4", "--tune is None, --epochs is 3 in run"),
+    ("--storage s", "--storage is None in run"),
     ("--out-dir b", "--resume goes on in its own folder"),
     ("--latent-dim 3 --device cpu --data-dir elsewhere --start-class another", None)])
 def test_resume_refuses_what_would_change_the_training(fails, words, said):

@@ -191,8 +191,8 @@ def test_interrupted_search_goes_on(untrained, monkeypatch, fails):
     metrics = ae.main(["--resume", "a b", *CPU])
     trials = journal("a b/study.journal")
     assert states(trials) == ["RUNNING", *["COMPLETE"] * 2, "RUNNING", *["COMPLETE"] * 2]
-    assert trials[0].params == trials[1].params == REPORT  # interrupted, so it was tried again
-    assert len({tuple(trial.params.values()) for trial in trials}) == len(trials) - 1
+    assert trials[0].params == REPORT
+    assert len({tuple(trial.params.values()) for trial in trials}) == len(trials)
     redrawn = ae.main(["--resume", "a b", *CPU])  # nothing is left to be trained
     assert numbers(redrawn) == numbers(metrics) and len(metrics["trials"]) == 4
     os.rename("a b/study.journal", "moved")
