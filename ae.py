@@ -50,7 +50,7 @@ MODES = {"tune": ("storage", "price", "epochs"),
 
 
 def defaults(args):
-    """The defaults that these flags change, {flag: value}; common.parse asks for them."""
+    """{flag: default} where --recipe, --fast or a mode changes it; common.parse asks for it."""
     changed = dict(RECIPES[args.recipe])
     if args.fast:
         changed["epochs"] = 3

@@ -146,15 +146,16 @@ def add_run_flags(parser):
 FREE = {"resume", "out_dir", "data_dir", "device", "start_class", "dims"}
 
 
-def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None):
+def parse(parser, script, argv, defaults=lambda args: {}, modes=None, made_by=None):
     """The flags, those of every run among them, and what class Run wants to know of the command.
 
     argv: the words of a command line; None: of this process's. defaults: a function that is given
     the flags and returns the defaults that they change, as --fast does {"epochs": 3}. modes: {flag
     that starts many trainings: the flags that it takes}, as {"tune": ("epochs",)}; others would do
-    nothing, or blur what is compared, and are refused. runs: {flag that names a folder: the script
-    that made it}, as {"judge": "finetune"}. --resume DIR parses the words that began that run, with
-    the new ones behind them: ranges are checked anew, what would change the training is refused.
+    nothing, or blur what is compared, and are refused. made_by: {flag that names a folder: the
+    script that made it}, as {"judge": "finetune"}. --resume DIR parses the words that began that
+    run, with the new ones behind them: ranges are checked anew, what would change the training is
+    refused.
     """
     of_script = list(vars(parser.parse_args([])))
     add_run_flags(parser)
@@ -190,7 +191,7 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None, runs=None)
             if flag not in (mode, *takes) and getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
     return with_flags(args, device=pick_device(args.device), argv=words, begun=begun, script=script,
-                      runs=runs or {})
+                      made_by=made_by or {})
 
 
 def with_flags(args, **flags):
@@ -522,7 +523,7 @@ def new_config(args):
         "script": args.script, "command": shell("python", f"{args.script}.py", *args.argv),
         "argv": args.argv, "data": args.data, "seed": args.seed, "device": args.device,
         "flags": {k: v for k, v in vars(args).items()
-                  if k not in ("argv", "begun", "script", "runs", "out_dir", "resume")},
+                  if k not in ("argv", "begun", "script", "made_by", "out_dir", "resume")},
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
                    + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""),
         "source": digest(args.script),
@@ -561,9 +562,9 @@ class Run:
         """columns: the numbers of an epoch to print; log.jsonl has all of them."""
         self.args, self.columns, self.history, self.captions = args, columns, [], {}
         self.width = 22 + 13 * (4 - len(columns))  # of a part's name, so that a line has 99
-        for flag, made_by in args.runs.items():  # a wrong name fails here, not after a training
+        for flag, script in args.made_by.items():  # a wrong name fails here, not after a training
             name = getattr(args, flag)
-            if name and read_config(name, made_by)["data"] != args.data:
+            if name and read_config(name, script)["data"] != args.data:
                 fail(f"{name} is a run on other data than {args.data}")
             if name and not Path(name, "model.pt").is_file():
                 fail(f"the run in {name} is not finished, or made no model")
@@ -711,17 +712,17 @@ def load_run(folder, script, parse_args, build):
     return model
 
 
-def trained(script, name, args, flags, minutes):
+def trained(script, args, minutes, flags=(), name=None):
     """The folder of what one chapter needs of another: `python SCRIPT.py FLAGS`, made if need be.
 
-    It is named after what it is, the data, the seed, and code and command, as in
-    runs/judge-fashion-seed0-1a2b3c; nothing else in runs/ is looked at: the same command gives the
-    same numbers. args: the caller's, after load_data; flags: a list of words; minutes: how long it
-    takes at most.
+    It is named after what it is (name, or else the script), the data, the seed, and code and
+    command, as in runs/judge-fashion-seed0-1a2b3c; nothing else in runs/ is looked at: the same
+    command gives the same numbers. args: the caller's, after load_data; minutes: how long it takes
+    at most; flags: a list of words.
     """
     words = [*flags, "--data", args.data, "--seed", str(args.seed)]
     words += ["--fast"] if args.fast else []
-    folder = Path("runs", f"{name}-{args.data}-seed{args.seed}-{digest(script, *words)}")
+    folder = Path("runs", f"{name or script}-{args.data}-seed{args.seed}-{digest(script, *words)}")
     if (folder / "metrics.json").exists():
         print(f"using {folder}")
         return str(folder)

@@ -59,7 +59,7 @@ def parse_args(argv=None):
         group.add_argument(f"--{name}", metavar="DIR",
                            help=f"run of {name}.py with --latent-dim 2; without it the best we "
                                 "know, made first where it is not there")
-    return common.parse(parser, "embed", argv, runs={"ae": "ae", "vae": "vae"})
+    return common.parse(parser, "embed", argv, made_by={"ae": "ae", "vae": "vae"})
 
 
 # --------------------------------------------------------------------------- maps
@@ -232,7 +232,8 @@ def find_encoder(script, args):
     """
     name = script.__name__
     flags = TRAINING[name] + (" --epochs 3" if args.fast else "")  # the last --epochs counts
-    return getattr(args, name) or common.trained(name, f"{name}2", args, flags.split(), minutes=15)
+    return getattr(args, name) or common.trained(
+        name, args, minutes=15, flags=flags.split(), name=f"{name}2")
 
 
 def main(argv=None):

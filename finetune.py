@@ -25,7 +25,6 @@ import statistics
 from collections import defaultdict
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,7 +74,7 @@ MODES = {"labels": ("epochs", "batch_size", "encoder"), "transfer": ("epochs",)}
 
 
 def defaults(args):
-    """The defaults that these flags change, {flag: value}; common.parse asks for them."""
+    """{flag: default} where --recipe, --fast or a mode changes it; common.parse asks for it."""
     if args.fast:
         return {"epochs": 2}
     return {"epochs": 10} if args.labels else {"epochs": 3} if args.transfer else {}
@@ -110,7 +109,7 @@ def parse_args(argv=None):
                             "without it: if trained on both")
     common.add_training_flags(parser, SETTINGS, epochs=None, batch_size=None, lr=None, augment=None)
     parser.epilog = "--epochs, --batch-size, --lr, --augment: without them see SETTINGS"
-    args = common.parse(parser, "finetune", argv, defaults, MODES, runs={"encoder": "ae"})
+    args = common.parse(parser, "finetune", argv, defaults, MODES, made_by={"encoder": "ae"})
     for flag, models in {"train": ("all", "ae", "resnet18", "resnet18-random"),
                          "scratch": ("all", "ae"), "encoder": ("all", "ae"),
                          "weights": ("all", "resnet18")}.items():
@@ -235,17 +234,16 @@ def imagenet_weights(args):
     LookupError, with the reason, where there are none.
     """
     published = ResNet18_Weights.IMAGENET1K_V1
-    file = Path(args.weights or Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name))
+    if args.fast and not args.weights:
+        raise LookupError("--fast downloads no ImageNet weights: name a file by --weights")
     try:
-        if not (args.weights or args.fast or file.exists()):
-            published.get_state_dict(check_hash=True, weights_only=True)  # downloads it to file
-        state_dict = common.load_tensors(file)
+        state_dict = (common.load_tensors(args.weights) if args.weights else
+                      published.get_state_dict(check_hash=True, weights_only=True))
         torchvision.models.resnet18().load_state_dict(state_dict)  # does it fit?
         return {f"net.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
     except Exception as error:  # whatever garbage makes the readers raise
-        raise LookupError(f"no ImageNet weights in {args.weights or file.name} ("
-                          f"{type(error).__name__}: "
-                          f"{str(error)[:200]})") from error
+        raise LookupError(f"no ImageNet weights in {args.weights or published.url} ("
+                          f"{type(error).__name__}: {str(error)[:200]})") from error
 
 
 # --------------------------------------------------------------------------- training
@@ -399,9 +397,9 @@ def label_efficiency(args, data):
             common.fail(f"--labels {n}: it takes {len(data.classes)} to {len(pool)}, from an image "
                         "of each class to the training part")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=9)
+    args.encoder = args.encoder or common.trained("ae", args, minutes=9)
     net_ae = ae.load_run(args.encoder).to(args.device)
-    net_vae = vae.load_run(common.trained("vae", "vae", args, [], minutes=7)).to(args.device)
+    net_vae = vae.load_run(common.trained("vae", args, minutes=7)).to(args.device)
     encoders = {"probe on AE codes": partial(ae.encode, net_ae),
                 "probe on VAE codes": lambda x: vae.encode(net_vae, x)[0]}
     val, test = (data.x_train[val_idx], data.y_train[val_idx]), (data.x_test, data.y_test)
@@ -644,7 +642,7 @@ def main(argv=None):
                         "'s last BatchNorm has nothing to average there: take another")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
     if "ae" in names and not args.scratch:
-        args.encoder = args.encoder or common.trained("ae", "ae", args, [], minutes=9)
+        args.encoder = args.encoder or common.trained("ae", args, minutes=9)
 
     results = {}
     for name in names:

@@ -58,7 +58,7 @@ MODES = {"ablate": ("recipe", "judge", "epochs", "batch_size"),
 
 
 def defaults(args):
-    """The defaults that these flags change, {flag: value}; common.parse asks for them."""
+    """{flag: default} where --recipe, --fast or a mode changes it; common.parse asks for it."""
     return RECIPES[args.recipe] | ({"epochs": 3} if args.ablate or args.fast else {})
 
 
@@ -104,7 +104,7 @@ def parse_args(argv=None):
     group.add_argument("--judge", metavar="DIR",
                        help="the run of finetune.py whose CNN judges the samples; without it that "
                             "of `finetune.py --model cnn --epochs 8`, made first if need be")
-    args = common.parse(parser, "gan", argv, defaults, MODES, runs={
+    args = common.parse(parser, "gan", argv, defaults, MODES, made_by={
         "ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan", "judge": "finetune"})
     if not args.compare and (args.ae or args.vae or args.gan or args.gan_report):
         parser.error("--ae, --vae, --gan and --gan-report go only with --compare")
@@ -180,8 +180,8 @@ def load_run(folder):
 
 def load_judge(args, data):
     """The CNN that judges the samples: of --judge, or a new one."""
-    folder = args.judge or common.trained("finetune", "judge", args,
-                                          ["--model", "cnn", "--epochs", "8"], minutes=6)
+    folder = args.judge or common.trained("finetune", args, minutes=6, name="judge",
+                                          flags=["--model", "cnn", "--epochs", "8"])
     # a run of all models keeps the weights of the last one in TABLE3, the CNN
     if common.read_config(folder, "finetune")["flags"]["model"] not in ("cnn", "all"):
         common.fail(f"{folder} is no run of finetune.py --model cnn, which the judge is")
@@ -533,11 +533,12 @@ def compare(args, data):
     judge = load_judge(args, data)
     with_judge = ["--judge", args.judge] if args.judge else []  # it chooses a GAN's best epoch
     folders = {
-        "ae": args.ae or common.trained("ae", "ae", args, [], minutes=9),
-        "vae": args.vae or common.trained("vae", "vae", args, [], minutes=7),
-        "gan": args.gan or common.trained("gan", "gan", args, with_judge, minutes=27),
+        "ae": args.ae or common.trained("ae", args, minutes=9),
+        "vae": args.vae or common.trained("vae", args, minutes=7),
+        "gan": args.gan or common.trained("gan", args, minutes=27, flags=with_judge),
         "gan_report": args.gan_report or common.trained(
-            "gan", "gan-report", args, ["--recipe", "report", *with_judge], minutes=65)}
+            "gan", args, minutes=65, flags=["--recipe", "report", *with_judge],
+            name="gan-report")}
     test_features = finetune.encode(judge, data.x_test)
     judged, shown = defaultdict(list), {}
     for sets in sample_sets(folders, args, data):

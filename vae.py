@@ -36,7 +36,7 @@ RECIPES = {
 
 
 def defaults(args):
-    """The defaults that these flags change, {flag: value}; common.parse asks for them."""
+    """{flag: default} where --recipe, --fast or a mode changes it; common.parse asks for it."""
     return RECIPES[args.recipe] | ({"epochs": 3} if args.fast else {})
 
 
@@ -520,7 +520,7 @@ def main(argv=None):
         val.append(evaluate(model, x_val, args.beta))
         tests.append(evaluate(model, data.x_test, args.beta))  # the one look at the test set
 
-    # figures and the other numbers are those of the last fold: model, rows, x_train
+    # figures and numbers are those of the last fold (model, rows, x_train), but for the two MSEs
     metrics = describe(run, model, tests[-1], rows, data, x_train)
     metrics |= {"folds": args.folds, **common.over_folds([
         {"val_mse": v["mse"], "test_mse": t["mse"]} for v, t in zip(val, tests, strict=True)])}

@@ -359,7 +359,7 @@ FLAGS = ["--latent-dim", "4"]
 def trained(*words, flags=FLAGS):
     """What a chapter calls, which was itself called with these words."""
     args = parse_args([*CPU, *words])
-    return common.trained("ae", "judge", args, flags, minutes=9)
+    return common.trained("ae", args, minutes=9, flags=flags, name="judge")
 
 
 def test_trained_once_and_used_then(script, capsys):
