@@ -122,6 +122,19 @@ def test_unevenness():
     assert said[0] - said[2] > said[1] + said[3] and said[6] - said[4] > said[5] + said[7]
 
 
+def test_a_loss_that_rises():
+    """The numbers of finetune.md's claim 4, which no metrics.json has."""
+    logs = [[json.loads(line) for line in (ROOT / "results" / name / "log.jsonl").open()]
+            for name in sorted(seeds("finetune-resnet18-all-flip"))]
+    losses = [[row["val_loss"] for row in rows] for rows in logs]
+    best, last = [min(each) for each in losses], [each[-1] for each in losses]
+    page = " ".join((ROOT / "results/finetune.md").read_text().split())
+    assert f"{mean(best):.3f} ± {stdev(best):.3f}".replace("0.", ".") in page
+    assert "{:.3f}, {:.3f} and {:.3f}".format(*last).replace("0.", ".") in page
+    assert mean(last) - mean(best) > stdev(last) + stdev(best)
+    assert all(rows[-1]["seen_loss"] < 0.05 for rows in logs)
+
+
 def lines_of(script, function):
     """The source lines of a function."""
     text = (ROOT / f"{script}.py").read_text()
