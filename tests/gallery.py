@@ -115,7 +115,7 @@ def draw_recipes(runs):
     left, right = plots.subplots(1, 2)
     grids = samples.subplots(2, 1)
     for color, ax, name, title in (
-            ("C1", grids[0], "gan-report", "the report's recipe"),
+            ("C1", grids[0], "gan-report-100", "the report's recipe"),
             ("C2", None, "gan-two-layers", "ours with two convolutions in D"),
             ("C0", grids[1], "gan", "ours")):
         for n, folder in enumerate(sorted(seeds(RESULTS, name))):
@@ -133,10 +133,12 @@ def draw_recipes(runs):
                             strict=True):
         left.axhline(value, color="gray", lw=1, zorder=0)
         left.text(23, value, label, va="bottom", ha="center", fontsize=8)
-    left.set(ylim=0, xlabel="epoch", ylabel="loss: D solid, G dashed",
+    left.set(ylim=0, xscale="log", xlabel="epoch", ylabel="loss: D solid, G dashed",
              title="Their losses come close,")
-    right.set(yscale="log", xlabel="epoch", ylabel="Frechet distance to validation images",
-              title="their samples do not")
+    right.set(yscale="log", xscale="log", xlabel="epoch",
+              ylabel="Frechet distance to validation images", title="their samples do not")
+    for ax in (left, right):
+        ax.xaxis.set_major_formatter("{x:g}")
     left.legend(loc="lower right")
     right.legend()
     Folder(RESULTS / "gan").save(fig, "recipes")
