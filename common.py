@@ -9,6 +9,7 @@ that is not finite, a full disk), 2 wrong input, 130 interrupted, with one line 
 import argparse
 import ast
 import copy
+import functools
 import hashlib
 import html
 import importlib
@@ -486,29 +487,35 @@ def load_checkpoint(file, things):
              f"{str(error)[:200]}): name another run, or start a new one")
 
 
+@functools.cache  # parsing takes a tenth of a second
+def statements(source):
+    """[(kind, name, code)] of the statements of a Python source; comments do not count."""
+    return [(type(node), getattr(node, "name", ""), ast.dump(node))
+            for node in ast.parse(source).body]
+
+
 def digest(script, *words):
     """Six digits that change with the code of a training, and with the words of a command.
 
-    An edited comment, main or draw_... is no reason to train anew. So the code is parsed, and what
-    counts are classes, constants and other functions of the script and of the chapters that it
-    imports, and those functions of common.py that decide what a training sees.
+    An edited comment, main or draw_... is no reason to train anew. What counts are classes,
+    constants and other functions of the script and of the chapters that it imports, and those
+    functions of common.py that decide what a training sees.
     """
     def file(name):
         return Path(__file__).with_name(f"{name}.py")
 
-    def nodes(name):  # the statements of a script
-        return ast.parse(file(name).read_text(encoding="utf-8")).body
+    def source(name):
+        return file(name).read_text(encoding="utf-8")
 
-    imported = {alias.name for node in nodes(script) if isinstance(node, ast.Import)
-                for alias in node.names}
+    imported = re.findall(r"^import (\w+)", source(script), re.MULTILINE)
     chapters = sorted(name for name in {script, *imported} - {"common"} if file(name).exists())
     lesson = ("load_data", "read_digits", "read_fashion", "seed_everything", "split", "splits",
               "batches", "augment")
-    code = [node for node in nodes("common") if getattr(node, "name", "") in lesson]
-    code += [node for name in chapters for node in nodes(name)
-             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign)
-             and not getattr(node, "name", "").startswith(("draw_", "main"))]
-    return hashlib.sha256(" ".join([*map(ast.dump, code), *words]).encode()).hexdigest()[:6]
+    code = [text for _, name, text in statements(source("common")) if name in lesson]
+    code += [text for chapter in chapters for kind, name, text in statements(source(chapter))
+             if kind in (ast.ClassDef, ast.FunctionDef, ast.Assign)
+             and not name.startswith(("draw_", "main"))]
+    return hashlib.sha256(" ".join([*code, *words]).encode()).hexdigest()[:6]
 
 
 def shell(*words):
