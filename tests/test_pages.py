@@ -124,7 +124,8 @@ def test_unevenness():
 
 def test_a_loss_that_rises():
     """The numbers of finetune.md's claim 4, which no metrics.json has."""
-    logs = [[json.loads(line) for line in (ROOT / "results" / name / "log.jsonl").open()]
+    logs = [[json.loads(line)
+             for line in (ROOT / "results" / name / "log.jsonl").read_text().splitlines()]
             for name in sorted(seeds("finetune-resnet18-all-flip"))]
     losses = [[row["val_loss"] for row in rows] for rows in logs]
     best, last = [min(each) for each in losses], [each[-1] for each in losses]
