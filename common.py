@@ -187,9 +187,11 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None, made_by=No
         words, args.out_dir = begun["argv"], None
         args.data = begun["data"]  # what auto found when the run began
 
+    # argparse leaves what a namespace holds before, so None stays at each flag that was not typed
+    typed = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(plain))))
     for mode, takes in (modes or {}).items():
         for flag in of_script if getattr(args, mode) else ():
-            if flag not in (mode, *takes) and getattr(args, flag) != parser.get_default(flag):
+            if flag not in (mode, *takes) and typed[flag] is not None:
                 parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
     return with_flags(args, device=pick_device(args.device), argv=words, begun=begun, script=script,
                       made_by=made_by or {})
@@ -487,9 +489,9 @@ def load_checkpoint(file, things):
              f"{str(error)[:200]}): name another run, or start a new one")
 
 
-@functools.cache  # parsing takes a tenth of a second
+@functools.cache  # parsing takes a tenth of a second, and a comparison asks several times
 def statements(source):
-    """[(kind, name, code)] of the statements of a Python source; comments do not count."""
+    """[(kind, name, code)] of the statements of a Python source, for digest(); without comments."""
     return [(type(node), getattr(node, "name", ""), ast.dump(node))
             for node in ast.parse(source).body]
 
@@ -548,7 +550,8 @@ def new_folder(args, config):
             if any(folder.iterdir()):
                 fail(f"--out-dir {shell(name)} is not empty: name a new folder, or go on with "
                      f"the run in it by --resume {shell(name)}")
-            (folder / "config.json").write_text(json.dumps(config, indent=2))
+            with open(folder / "config.json", "x") as f:  # x: --out-dir of two runs at once
+                json.dump(config, f, indent=2)
             return folder
         except OSError as error:
             if args.out_dir or not isinstance(error, FileExistsError):  # of a run of this second

@@ -64,7 +64,6 @@ def parse_args(argv=None):
 
 # --------------------------------------------------------------------------- maps
 
-
 LABELS = {"ae": ("AE", "z[0]", "z[1]"), "vae": ("VAE", "mu[0]", "mu[1]"),
           "pca": ("PCA", "first component", "second component"),
           "tsne": ("t-SNE", "first coordinate, no unit",
@@ -176,8 +175,8 @@ def draw_names(ax, points, y, classes):
     width, height = np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())
     taken = []  # centre and half the width of each name
 
-    def is_taken(x, y, half):
-        return any(abs(x - x2) < half + half2 and abs(y - y2) < 0.034 * height
+    def is_taken(x1, y1, half1):
+        return any(abs(x1 - x2) < half1 + half2 and abs(y1 - y2) < 0.034 * height
                    for x2, y2, half2 in taken)
 
     medians = {c: np.median(points[y == c], axis=0) for c in np.unique(y)}

@@ -125,7 +125,7 @@ def settings(args, name):
     """
     flags = common.with_flags(args)
     for flag, value in SETTINGS[args.recipe][name].items():
-        if getattr(args, flag, None) is None:  # not given; weight_decay is no flag here, never is
+        if getattr(args, flag, None) is None:  # weight_decay always: it is no flag here
             setattr(flags, flag, value)
     flags.model, flags.optimizer = name, "adam"
     flags.schedule = "constant" if args.recipe == "report" else "onecycle"

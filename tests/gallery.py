@@ -124,23 +124,22 @@ def draw_recipes(runs):
             epochs, label = [row["epoch"] for row in rows], {"label": title} if n == 0 else {}
             left.plot(epochs, [row["d_loss"] for row in rows], color=color, **label)
             left.plot(epochs, [row["g_loss"] for row in rows], color=color, ls="--")
-            right.plot(epochs, [row["val_frechet"] for row in rows], color=color, **label)
+            right.plot(epochs, [row["val_frechet"] for row in rows], color=color)
         if ax:
             net = gan.load_run(seeds(runs, name)[0])
             common.show_images(ax, gan.sample(net, gan.noise(18, net.noise_dim, 1)), 6)
             ax.set_title(f"samples, {title}", fontsize=10)
-    for value, label in zip(gan.CHANCE.values(), ("D guesses: 1.386", "G at chance: .693"),
-                            strict=True):
+    for value, label, va in zip(gan.CHANCE.values(), ("D guesses: 1.386", "G at chance: .693"),
+                                ("bottom", "top"), strict=True):
         left.axhline(value, color="gray", lw=1, zorder=0)
-        left.text(23, value, label, va="bottom", ha="center", fontsize=8)
+        left.text(100, value, label, va=va, ha="right", fontsize=8)
     left.set(ylim=0, xscale="log", xlabel="epoch", ylabel="loss: D solid, G dashed",
              title="Their losses come close,")
     right.set(yscale="log", xscale="log", xlabel="epoch",
               ylabel="Frechet distance to validation images", title="their samples do not")
     for ax in (left, right):
         ax.xaxis.set_major_formatter("{x:g}")
-    left.legend(loc="lower right")
-    right.legend()
+    left.legend(loc="lower right")  # its colours are those on the right, too
     Folder(RESULTS / "gan").save(fig, "recipes")
 
 

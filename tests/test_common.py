@@ -51,7 +51,7 @@ def test_which_default_wins():
 @pytest.mark.parametrize("words, said", [
     ("--ablate --price 0.1", "--price does not go with --ablate"),
     ("--tune 2 --latent-dim 7", "--latent-dim does not go with --tune"),
-    ("--tune 2 --lr 0.2", "--lr does not go with --tune"),
+    ("--tune 2 --lr 0.1", "--lr does not go with --tune"),  # its default
     ("--tune 2 --recipe report", "--recipe does not go with --tune"),
     ("--tune 2 --ablate", "--ablate does not go with --tune"),
     ("--ablate --epochs 2", "--epochs does not go with --ablate"),

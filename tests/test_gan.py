@@ -186,6 +186,32 @@ def test_chance_level():
         (math.log(1 + math.exp(3)) + math.log(1 + math.exp(-1))) / 2)
 
 
+def test_levels_lie_with_their_curves():
+    """Figure 24: chance level of G's loss drawn at D's, or in another panel than its curve."""
+    rows = [{"epoch": n, "d_loss": 1.0, "g_loss": 2.0, "d_accuracy_real": 0.6,
+             "d_accuracy_fake": 0.7, "val_frechet": 50.0, "g_gradient": 3.0} for n in (1, 2)]
+    figures = []
+    run = type("Figures", (), {"save": lambda self, fig, *words: figures.append(fig)})()
+    gan.draw_curves(run, rows, 0.25, "digits")
+    drawn = [{line.get_label(): set(line.get_ydata()) for line in ax.lines}
+             for ax in figures[0].axes]
+    assert drawn == [
+        {"d_loss": {1.0}, "d_loss at chance level": {2 * math.log(2)},
+         "g_loss": {2.0}, "g_loss at chance level": {math.log(2)}},
+        {"d_accuracy_real": {0.6}, "d_accuracy_fake": {0.7}, "chance level": {0.5}},
+        {"val_frechet": {50.0}, "training images: 0.2": {0.25}}, {"g_gradient": {3.0}}]
+
+
+def test_an_ablation_that_spreads_is_drawn_on_a_logarithmic_axis():
+    """One hopeless variant squeezes all others into a line."""
+    scales = []
+    run = type("Figures", (), {"save": lambda self, fig, *words: scales.append(
+        fig.axes[0].get_xscale())})()
+    for worst in (9.0, 300.0):
+        common.draw_ablation(run, {"ours": [6.0, 7.0], "worst": [worst, worst]}, "distance", "")
+    assert scales == ["linear", "log"]
+
+
 def test_each_step_keeps_to_its_own_network(digits):
     """No detach in D's step, gradients that are not cleared, or D's gradients filled by G's step.
 

@@ -160,6 +160,22 @@ def test_compare(two_classes, monkeypatch, capsys):
     assert again["generators"] == {**rows, "GAN, ours": rows["GAN, report"]}
 
 
+def test_one_judge_in_a_comparison(two_classes, monkeypatch):
+    """A missing GAN whose best epoch another judge chose than the one that --judge names."""
+    asked = []
+    monkeypatch.setattr(common, "trained", lambda *args, **kwargs: asked.append(
+        (kwargs.get("name") or args[0], list(kwargs.get("flags", ())))))
+    monkeypatch.setattr(gan, "load_judge", lambda args, data: None)
+    monkeypatch.setattr(gan.finetune, "encode", lambda judge, x: None)
+    monkeypatch.setattr(gan, "sample_sets", lambda *args: ())
+    monkeypatch.setattr(common, "draw_rows", lambda *args: None)
+    monkeypatch.setattr(common.Run, "__init__", lambda *args: None)
+    monkeypatch.setattr(common.Run, "finish", lambda *args: None)
+    gan.compare(gan.parse_args([*FAST, "--compare", "--judge", "mine"]), two_classes)
+    assert asked == [("ae", []), ("vae", []), ("gan", ["--judge", "mine"]),
+                     ("gan-report", ["--recipe", "report", "--judge", "mine"])]
+
+
 def test_what_generators_draw_from(two_classes):
     """A generator of another run, reconstructions of test images, codes that are not decoded."""
     for script, flags in ((ae, []), (vae, []), (gan, []), (gan, ["--recipe", "report"])):

@@ -136,6 +136,25 @@ def test_a_loss_that_rises():
     assert all(rows[-1]["seen_loss"] < 0.05 for rows in logs)
 
 
+def test_a_gan_that_has_not_converged():
+    """The numbers of gan.md's claims 1 and 4, which no metrics.json has."""
+    page = " ".join((ROOT / "results/gan.md").read_text().split())
+    logs = [[json.loads(line)
+             for line in (ROOT / "results" / name / "log.jsonl").read_text().splitlines()]
+            for name in (*sorted(seeds("gan-report-100")), "gan-ablate")]
+    distances = [[row["val_frechet"] for row in rows] for rows in logs[:2]]
+    said = [f"{each[epoch]:.0f}" for epoch in (59, 99) for each in distances]
+    assert "from {} and {} after 60 epochs to {} and {}".format(*said) in page
+    assert all(min(each) == each[98] for each in distances) and "epoch 99 is the best" in page
+    first = {row["part"]: row for row in logs[2] if row["epoch"] == 1}
+    said = [sorted(round(100 * first[f"{name}, seed {seed}"][f"d_accuracy_{kind}"])
+                   for seed in (0, 1)) for name in ("no spectral norm", "rate 2e-4", "beta1 0.5")
+            for kind in ("real", "fake")]
+    assert said == [[63, 64], [68, 70], [73, 75], [78, 80], [61, 61], [69, 69]]
+    assert ("63 or 64 % of the real and 68 to 70 % of the fake images without spectral norm, 73 to "
+            "75 and 78 to 80 % at the rate .0002, 61 and 69 % with beta1 .5") in page
+
+
 def lines_of(script, function):
     """The source lines of a function."""
     text = (ROOT / f"{script}.py").read_text()

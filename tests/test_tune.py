@@ -261,7 +261,8 @@ def test_database(untrained):
 @pytest.mark.parametrize("flags", [
     "--tune 0", "--tune", "--tune 2 --ablate", "--tune 2 --folds 3", "--ablate --folds 3",
     "--tune 2 --lr 0.1", "--tune 2 --hidden 99", "--tune 2 --recipe report", "--storage x",
-    "--price 1", "--tune 2 --price -1", "--ablate --optimizer sgd", "--tune 2 --storage="])
+    "--price 1", "--tune 2 --price -1", "--ablate --optimizer sgd", "--ablate --recipe first",
+    "--tune 2 --storage="])
 def test_bad_flags_end_in_one_line(flags, fails):
     """A flag that is silently ignored, or a search in a larger network."""
     message = fails(2, ae.main, [*FAST, *flags.split()])
