@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from torchvision.utils import make_grid
 
@@ -373,7 +374,7 @@ def suggest(trial):
     return {k: v if isinstance(v, int) else float(f"{v:.2g}") for k, v in values.items()}
 
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)  # FAIL: a cost of nan
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)  # an interrupted one is neither
 
 
 def open_study(args, where):
@@ -406,7 +407,7 @@ def tune(args, data):
     """
     train_idx, val_idx = common.split(data.y_train, args.seed)
     x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]  # all that a trial sees
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # we print a line for each trial
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # we print two lines for each trial
     run = common.Run(args, data)
     where = args.storage or str(run.folder / "study.journal")
     try:
@@ -416,8 +417,7 @@ def tune(args, data):
     if (run.folder / "metrics.json").exists() and not study.get_trials(states=FINISHED):
         common.fail(f"the study of a finished run, {where}, is gone: start a new one")
 
-    while len(study.get_trials(states=FINISHED)) < args.tune:
-        trial = study.ask()  # so far only a number: suggest() draws the values, by study.sampler
+    def objective(trial):
         # all draws follow from the seed and the trial's number: with one seed for all, workers
         # that start together and searches that go on would try the same points
         rng = common.seed_everything(args.seed, trial.number)  # of the first weights too
@@ -428,22 +428,23 @@ def tune(args, data):
         flags = common.with_flags(args, **values)
         model = build(flags)
         optimizer, schedule = make_optimizer(model, flags, len(x_train))
-        state = TrialState.COMPLETE
         for epoch in range(1, args.epochs + 1):  # as in fit, but Optuna looks on
             rng = common.seed_everything(args.seed, trial.number, epoch)
             train_epoch(model, x_train, optimizer, schedule, flags, rng)
             cost = evaluate(model, x_val) + args.price * flags.latent_dim
             if not math.isfinite(cost):
-                state = TrialState.FAIL
-                break
+                raise optuna.TrialPruned
             trial.report(cost, epoch)
             if trial.should_prune():
-                state = TrialState.PRUNED
-                break
-        # a pruned one is told no cost: Optuna keeps the last one that was reported
-        study.tell(trial, cost if state == TrialState.COMPLETE else None, state)
-        print(f"trial {trial.number}: {state.name.lower()}, "
+                raise optuna.TrialPruned
+        return cost
+
+    def say(study, trial):
+        print(f"trial {trial.number}: {trial.state.name.lower()}, "
               f"{len(study.get_trials(states=FINISHED))} of {args.tune} finished", flush=True)
+
+    if len(study.get_trials(states=FINISHED)) < args.tune:
+        study.optimize(objective, callbacks=[say, MaxTrialsCallback(args.tune, FINISHED)])
     return finish_search(args, run, study, data.name)
 
 
@@ -451,7 +452,7 @@ def finish_search(args, run, study, data_name):
     """The table of trials and their picture, with the best command; returns the metrics."""
     rows = []
     for trial in study.get_trials(states=FINISHED):
-        values, cost = trial.user_attrs["values"], trial.value  # None if it failed
+        values, cost = trial.user_attrs["values"], trial.value  # None if its first one was nan
         rows.append({"trial": trial.number, "state": trial.state.name.lower(), **values,
                      "epochs": len(trial.intermediate_values), "cost": cost,
                      "val_mse": cost and cost - args.price * values["latent_dim"],

@@ -23,10 +23,10 @@ import re
 import shlex
 import socket
 import statistics
-import subprocess
 import sys
 import time
 import zipfile
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,17 +54,14 @@ def fail(message, status=2):
 
 def start(main):
     """Run a script's main from the command line: what ends it early is one line and a status."""
-    def advice():
-        return f"go on with: {Run.first_command}" if Run.first_command else "repeat the command"
-
     try:
         main()
     except KeyboardInterrupt:
-        fail(f"interrupted; {advice()}", status=130)
+        fail(f"interrupted; {Run.advice}", status=130)
     except FloatingPointError as error:
         fail(f"{error}: try a smaller --lr; the epochs before it are saved", status=1)
     except OSError as error:
-        fail(f"cannot read or write ({error}); {advice()}", status=1)
+        fail(f"cannot read or write ({error}); {Run.advice}", status=1)
     except (MemoryError, RuntimeError) as error:  # a GPU's "out of memory" is a RuntimeError
         if not isinstance(error, MemoryError) and not any(
                 words in str(error) for words in ("out of memory", "allocate", "bad_alloc")):
@@ -144,57 +141,48 @@ def add_run_flags(parser):
 
 
 # flags that --resume may change: no training depends on them
-FREE = {"resume", "out_dir", "data_dir", "device", "start_class", "dims"}
+FREE = {"resume", "data_dir", "device", "start_class", "dims"}
 
 
-def parse(parser, script, argv, defaults=lambda args: {}, modes=None, made_by=None):
+def parse(parser, script, argv, defaults=lambda args: {}, modes=None):
     """The flags, those of every run among them, and what class Run wants to know of the command.
 
     argv: the words of a command line; None: of this process's. defaults: a function that is given
     the flags and returns the defaults that they change, as --fast does {"epochs": 3}. modes: {flag
-    that starts many trainings: the flags that it takes}, as {"tune": ("epochs",)}; others would do
-    nothing, or blur what is compared, and are refused. made_by: {flag that names a folder: the
-    script that made it}, as {"judge": "finetune"}. --resume DIR parses the words that began that
-    run, with the new ones behind them: ranges are checked anew, what would change the training is
-    refused.
+    that starts many trainings: the flags of the script that it takes}, as {"tune": ("epochs",)};
+    others would do nothing, or blur what is compared, and are refused. --resume DIR parses the
+    words that began that run, with the new ones behind them: ranges are checked anew, what would
+    change the training is refused.
     """
-    of_script = list(vars(parser.parse_args([])))
+    of_script = set(vars(parser.parse_args([])))
     add_run_flags(parser)
-    plain = vars(parser.parse_args([]))
+    flags = vars(parser.parse_args([]))
 
-    def read(words):  # twice: a --recipe, a mode or --fast changes the defaults of other flags
-        parser.set_defaults(**plain)
-        parser.set_defaults(**defaults(parser.parse_args(words)))
-        args = parser.parse_args(words)
-        for flag, value in vars(args).items():
-            if value == "":  # an unset variable in a shell
-                parser.error(f"--{flag.replace('_', '-')} is empty")
-        return args
+    # argparse leaves what a namespace holds before, unless the words name that flag
+    def read(words):
+        return parser.parse_args(words, argparse.Namespace(**defaults(parser.parse_args(words))))
+
+    def refuse(flag, why):
+        parser.error(f"--{flag.replace('_', '-')} {why}")
 
     words = sys.argv[1:] if argv is None else list(argv)
     args = read(words)
-    begun = None  # config.json of the run that --resume goes on with
+    typed = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(flags))))
+    for flag, value in typed.items():
+        if value == "":  # an unset variable in a shell
+            refuse(flag, "is empty")
+        for mode, takes in (modes or {}).items():
+            if typed[mode] and flag in of_script - {mode, *takes} and value is not None:
+                refuse(flag, f"does not go with --{mode}")
     if args.resume:
-        if args.out_dir:
-            parser.error("--resume goes on in its own folder: leave --out-dir out")
         begun = read_config(args.resume, script)
-        before, args = vars(read(begun["argv"])), read([*begun["argv"], *words])
-        changed = [f"--{flag.replace('_', '-')} is {before[flag]}"
-                   for flag, value in vars(args).items()
-                   if value != before[flag] and flag not in FREE]
-        if changed:
-            parser.error(f"{', '.join(changed)} in {args.resume}: leave it so, or start a new run")
-        words, args.out_dir = begun["argv"], None
+        before = vars(read(begun["argv"]))
+        for flag, value in typed.items():
+            if value not in (None, before[flag]) and flag not in FREE:
+                refuse(flag, f"is {before[flag]} in {args.resume}: leave it, or start a new run")
+        args = read([*begun["argv"], *words])
         args.data = begun["data"]  # what auto found when the run began
-
-    # argparse leaves what a namespace holds before, so None stays at each flag that was not typed
-    typed = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(plain))))
-    for mode, takes in (modes or {}).items():
-        for flag in of_script if getattr(args, mode) else ():
-            if flag not in (mode, *takes) and typed[flag] is not None:
-                parser.error(f"--{flag.replace('_', '-')} does not go with --{mode}")
-    return with_flags(args, device=pick_device(args.device), argv=words, begun=begun, script=script,
-                      made_by=made_by or {})
+    return with_flags(args, device=pick_device(args.device), script=script, argv=words)
 
 
 def with_flags(args, **flags):
@@ -215,7 +203,7 @@ def pick_device(name):
 
 # --------------------------------------------------------------------------- data
 
-SHA256 = {  # of the extracted files: torchvision only looks whether they exist
+SHA256 = {  # of the unpacked files: torchvision compares archives only
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
@@ -224,13 +212,17 @@ SHA256 = {  # of the extracted files: torchvision only looks whether they exist
 
 
 class FashionMNIST(torchvision.datasets.FashionMNIST):
-    """torchvision's, with an https source, and never from processed/*.pt of its early versions."""
+    """torchvision's, with an https source, and files that count only if they are whole."""
 
     mirrors = ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/"
                "master/data/fashion/", *torchvision.datasets.FashionMNIST.mirrors]
 
     def _check_legacy_exist(self):
-        return False
+        return False  # never from processed/*.pt of torchvision's early versions
+
+    def _check_exists(self):
+        return all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
+                   for file, digest in ((Path(self.raw_folder, f), SHA256[f]) for f in SHA256))
 
 
 class Data(NamedTuple):
@@ -280,28 +272,16 @@ def read_digits():
 
 
 def read_fashion(folder, download):
-    """FashionMNIST in folder/FashionMNIST/raw, as the fields of Data, if its files are whole.
+    """FashionMNIST in folder/FashionMNIST/raw, as the fields of Data.
 
-    What is missing or damaged torchvision downloads, or unpacks from a .gz beside it; it compares
-    archives with their MD5 sums, but takes any extracted file. LookupError where one stays damaged.
+    What is missing or damaged there torchvision unpacks from a .gz beside it, or downloads.
+    LookupError where it cannot.
     """
-    def damaged():
-        return [f for f in (folder / "FashionMNIST" / "raw" / name for name in SHA256)
-                if not f.is_file() or hashlib.sha256(f.read_bytes()).hexdigest() != SHA256[f.name]]
-
-    bad = damaged()
-    problem = "even after a download" if download else "--fast downloads nothing"
-    if bad and download:
-        try:
-            for file in filter(Path.exists, bad):
-                file.replace(f"{file}.damaged")  # it is not ours to delete
-            FashionMNIST(folder, download=True)
-        except Exception as why:  # whatever a network and garbage make the readers raise
-            problem = f"could not be downloaded: {' '.join(str(why).split())}"
-        bad = damaged()
-    if bad:
-        raise LookupError(f"{bad[0]} is missing or damaged ({problem})")
-    train, test = FashionMNIST(folder), FashionMNIST(folder, train=False)
+    try:
+        train, test = (FashionMNIST(folder, train, download=download) for train in (True, False))
+    except Exception as why:  # whatever a network and garbage make the readers raise
+        reason = " ".join(str(why).split()) if download else "--fast downloads nothing"
+        raise LookupError(f"no whole FashionMNIST in {folder} ({reason})") from why
     x_train, x_test = train.data.unsqueeze(1) / 255, test.data.unsqueeze(1) / 255
     return "FashionMNIST", tuple(train.classes), x_train, train.targets, x_test, test.targets
 
@@ -437,24 +417,19 @@ def write(file, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, file)
-    finally:
+    finally:  # after a full disk
         temporary.unlink(missing_ok=True)
 
 
 def read_config(folder, script):
     """config.json of a run of this script; exit 2 where there is none."""
-    file = Path(folder) / "config.json"
     try:
-        if not file.is_file():
-            fail(f"{folder} is no folder of a run: it has no config.json")
-        config = json.loads(file.read_text())
+        config = json.loads(Path(folder, "config.json").read_text())
         if config["script"] != script:
             fail(f"{folder} is a run of {config['script']}.py, not of {script}.py")
-        if all(isinstance(word, str) for word in (*config["argv"], config["data"])):
-            return config
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass  # all kinds of damage, as other words than strings, get the same line
-    fail(f"{file} is damaged or of another version: name another run, or start a new one")
+        return {**config, "argv": [str(word) for word in config["argv"]]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        fail(f"{folder} is no folder of a run, or its config.json is damaged ({error})")
 
 
 def save_checkpoint(file, things, **rest):
@@ -490,12 +465,6 @@ def load_checkpoint(file, things):
 
 
 @functools.cache  # parsing takes a tenth of a second, and a comparison asks several times
-def statements(source):
-    """[(kind, name, code)] of the statements of a Python source, for digest(); without comments."""
-    return [(type(node), getattr(node, "name", ""), ast.dump(node))
-            for node in ast.parse(source).body]
-
-
 def digest(script, *words):
     """Six digits that change with the code of a training, and with the words of a command.
 
@@ -503,36 +472,31 @@ def digest(script, *words):
     constants and other functions of the script and of the chapters that it imports, and those
     functions of common.py that decide what a training sees.
     """
-    def file(name):
-        return Path(__file__).with_name(f"{name}.py")
+    def source(file):
+        return Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8")
 
-    def source(name):
-        return file(name).read_text(encoding="utf-8")
-
-    imported = re.findall(r"^import (\w+)", source(script), re.MULTILINE)
-    chapters = sorted(name for name in {script, *imported} - {"common"} if file(name).exists())
     lesson = ("load_data", "read_digits", "read_fashion", "seed_everything", "split", "splits",
               "batches", "augment")
-    code = [text for _, name, text in statements(source("common")) if name in lesson]
-    code += [text for chapter in chapters for kind, name, text in statements(source(chapter))
-             if kind in (ast.ClassDef, ast.FunctionDef, ast.Assign)
-             and not name.startswith(("draw_", "main"))]
-    return hashlib.sha256(" ".join([*code, *words]).encode()).hexdigest()[:6]
-
-
-def shell(*words):
-    """A command that can be pasted, whatever the folder is called."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    code = list(words)
+    imports = re.findall(r"^import (ae|vae|finetune|gan|common)$", source(script), re.MULTILINE)
+    for file in (script, *imports):
+        for node in ast.parse(source(file)).body:  # without comments
+            name = getattr(node, "name", "")  # of a function or class
+            if name in lesson if file == "common" else (
+                    isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign))
+                    and not name.startswith(("draw_", "main"))):
+                code.append(ast.dump(node))
+    return hashlib.sha256(" ".join(code).encode()).hexdigest()[:6]
 
 
 def new_config(args):
     """What config.json says of a run: command, flags, code, machine, versions."""
     modules = (torch, torchvision, np, sklearn, matplotlib)
     return {
-        "script": args.script, "command": shell("python", f"{args.script}.py", *args.argv),
+        "script": args.script, "command": shlex.join(["python", f"{args.script}.py", *args.argv]),
         "argv": args.argv, "data": args.data, "seed": args.seed, "device": args.device,
         "flags": {k: v for k, v in vars(args).items()
-                  if k not in ("argv", "begun", "script", "made_by", "out_dir", "resume")},
+                  if k not in ("argv", "script", "out_dir", "resume")},
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"
                    + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""),
         "source": digest(args.script),
@@ -541,21 +505,24 @@ def new_config(args):
 
 
 def new_folder(args, config):
-    """--out-dir, refused unless new or empty; or runs/SCRIPT-TIME, new in any case."""
-    name = args.out_dir or time.strftime(f"runs/{args.script}-%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-        folder = Path(name + suffix)
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(args.out_dir))
-            if any(folder.iterdir()):
-                fail(f"--out-dir {shell(name)} is not empty: name a new folder, or go on with "
-                     f"the run in it by --resume {shell(name)}")
-            with open(folder / "config.json", "x") as f:  # x: --out-dir of two runs at once
-                json.dump(config, f, indent=2)
-            return folder
-        except OSError as error:
-            if args.out_dir or not isinstance(error, FileExistsError):  # of a run of this second
-                fail(f"cannot write to {name} ({error.strerror}): name another with --out-dir")
+    """--out-dir, refused unless new or empty, or runs/SCRIPT-TIME, with this config.json."""
+    folder = Path(args.out_dir or f"runs/{args.script}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            quoted = shlex.quote(str(folder))
+            fail(f"{quoted} is not empty: name a new folder, or go on with the run in it by "
+                 f"--resume {quoted}")
+        with open(folder / "config.json", "x") as f:  # x: not if another run has just begun there
+            json.dump(config, f, indent=2)
+    except OSError as error:
+        fail(f"cannot write to {folder} ({error.strerror}): name another with --out-dir")
+    return folder
+
+
+# flags that name a folder, and which script made what lies there
+MADE_BY = {"encoder": "ae", "ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan",
+           "judge": "finetune"}
 
 
 class Run:
@@ -566,24 +533,24 @@ class Run:
     the numbers of its epochs, history those of all parts.
     """
 
-    first_command = None  # goes on with the first run of this process; for start()
+    advice = "repeat the command"  # what to do after an interruption, for start()
 
     def __init__(self, args, data, columns=()):
         """columns: the numbers of an epoch to print; log.jsonl has all of them."""
         self.args, self.columns, self.history, self.captions = args, columns, [], {}
         self.width = 22 + 13 * (4 - len(columns))  # of a part's name, so that a line has 99
-        for flag, script in args.made_by.items():  # a wrong name fails here, not after a training
-            name = getattr(args, flag)
+        for flag, script in MADE_BY.items():  # a wrong name fails here, not after a training
+            name = vars(args).get(flag)
             if name and read_config(name, script)["data"] != args.data:
                 fail(f"{name} is a run on other data than {args.data}")
             if name and not Path(name, "model.pt").is_file():
                 fail(f"the run in {name} is not finished, or made no model")
         config = new_config(args)
-        self.config = args.begun or config  # begun: that of the run to go on with
-        self.folder = Path(args.resume) if args.begun else new_folder(args, config)
-        self.command = shell("python", f"{args.script}.py", "--resume", str(self.folder))
-        if not Run.first_command:  # later ones are trainings that the first run asked for
-            Run.first_command = self.command
+        self.config = read_config(args.resume, args.script) if args.resume else config
+        self.folder = Path(args.resume) if args.resume else new_folder(args, config)
+        self.command = shlex.join(["python", f"{args.script}.py", "--resume", str(self.folder)])
+        if Run.advice == "repeat the command":  # a later run is a training that this one asked for
+            Run.advice = f"go on with: {self.command}"
         print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
               f"{args.device}; {config['machine']}; writing to {self.folder}", flush=True)
         changed = [key for key in ("source", "machine", "versions")
@@ -712,13 +679,11 @@ def load_run(folder, script, parse_args, build):
     parse_args, build: functions of the script. Exit 2 where another script made it, it is not
     finished, or its weights do not fit.
     """
-    config, file = read_config(folder, script), Path(folder) / "model.pt"
-    if not file.is_file():
-        fail(f"the run in {folder} is not finished, or made no model")
+    config = read_config(folder, script)
     if config.get("source") != digest(script):
         print(f"warning: {script}.py has changed since it made {folder}", file=sys.stderr)
     model = build(parse_args([*config["argv"], "--device", "cpu"]))
-    load_checkpoint(file, {"model": model})
+    load_checkpoint(Path(folder) / "model.pt", {"model": model})
     return model
 
 
@@ -740,7 +705,7 @@ def trained(script, args, minutes, flags=(), name=None):
         print(f"{folder} is not finished: going on with it", flush=True)
         words = ["--resume", str(folder)]
     else:
-        print(f"{folder} is not there yet: {shell('python', f'{script}.py', *words)} makes it, in "
+        print(f"{folder} is not there yet: python {script}.py {shlex.join(words)} makes it, in "
               f"{'a few seconds' if args.fast else f'about {minutes} minutes'}", flush=True)
         words += ["--out-dir", str(folder)]
     # the scripts import this file, so that it can import them only here

@@ -59,7 +59,7 @@ def parse_args(argv=None):
         group.add_argument(f"--{name}", metavar="DIR",
                            help=f"run of {name}.py with --latent-dim 2; without it the best we "
                                 "know, made first where it is not there")
-    return common.parse(parser, "embed", argv, made_by={"ae": "ae", "vae": "vae"})
+    return common.parse(parser, "embed", argv)
 
 
 # --------------------------------------------------------------------------- maps

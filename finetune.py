@@ -109,7 +109,7 @@ def parse_args(argv=None):
                             "without it: if trained on both")
     common.add_training_flags(parser, SETTINGS, epochs=None, batch_size=None, lr=None, augment=None)
     parser.epilog = "--epochs, --batch-size, --lr, --augment: without them see SETTINGS"
-    args = common.parse(parser, "finetune", argv, defaults, MODES, made_by={"encoder": "ae"})
+    args = common.parse(parser, "finetune", argv, defaults, MODES)
     for flag, models in {"train": ("all", "ae", "resnet18", "resnet18-random"),
                          "scratch": ("all", "ae"), "encoder": ("all", "ae"),
                          "weights": ("all", "resnet18")}.items():
@@ -123,15 +123,12 @@ def settings(args, name):
 
     Also what ae.make_optimizer asks for, optimizer and schedule, and a title.
     """
-    flags = common.with_flags(args)
-    for flag, value in SETTINGS[args.recipe][name].items():
-        if getattr(args, flag, None) is None:  # weight_decay always: it is no flag here
-            setattr(flags, flag, value)
-    flags.model, flags.optimizer = name, "adam"
-    flags.schedule = "constant" if args.recipe == "report" else "onecycle"
+    asked = {flag: value for flag, value in vars(args).items() if value is not None}
+    flags = common.with_flags(args, **SETTINGS[args.recipe][name] | asked)
+    flags.optimizer, flags.schedule = "adam", "onecycle" if args.recipe == "best" else "constant"
+    flags.model, flags.scratch = name, args.scratch and name == "ae"
     if name == "cnn":
         flags.train = "all"  # nothing to freeze
-    flags.scratch = args.scratch and name == "ae"
     if args.mirror is None:  # test on both views if trained on both
         flags.mirror = flags.augment in ("flip", "shift", "erase")
     flags.title = name + (" from scratch" if flags.scratch else "") + {

@@ -104,8 +104,7 @@ def parse_args(argv=None):
     group.add_argument("--judge", metavar="DIR",
                        help="the run of finetune.py whose CNN judges the samples; without it that "
                             "of `finetune.py --model cnn --epochs 8`, made first if need be")
-    args = common.parse(parser, "gan", argv, defaults, MODES, made_by={
-        "ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan", "judge": "finetune"})
+    args = common.parse(parser, "gan", argv, defaults, MODES)
     if not args.compare and (args.ae or args.vae or args.gan or args.gan_report):
         parser.error("--ae, --vae, --gan and --gan-report go only with --compare")
     if len(args.d_filters) > 4:
@@ -537,8 +536,7 @@ def compare(args, data):
         "vae": args.vae or common.trained("vae", args, minutes=7),
         "gan": args.gan or common.trained("gan", args, minutes=27, flags=with_judge),
         "gan_report": args.gan_report or common.trained(
-            "gan", args, minutes=65, flags=["--recipe", "report", *with_judge],
-            name="gan-report")}
+            "gan", args, minutes=65, name="gan-report", flags=["--recipe", "report", *with_judge])}
     test_features = finetune.encode(judge, data.x_test)
     judged, shown = defaultdict(list), {}
     for sets in sample_sets(folders, args, data):

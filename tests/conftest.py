@@ -33,7 +33,7 @@ os.fsync = lambda fd: None  # no test needs its files after a power cut
 def elsewhere(tmp_path, monkeypatch):
     """Every test runs in a folder of its own: runs/ and data/ land there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.Run, "first_command", None)  # undone after the test
+    monkeypatch.setattr(common.Run, "advice", "repeat the command")  # undone after the test
 
 
 @pytest.fixture(scope="module")

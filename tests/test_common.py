@@ -53,7 +53,7 @@ def test_which_default_wins():
     ("--tune 2 --latent-dim 7", "--latent-dim does not go with --tune"),
     ("--tune 2 --lr 0.1", "--lr does not go with --tune"),  # its default
     ("--tune 2 --recipe report", "--recipe does not go with --tune"),
-    ("--tune 2 --ablate", "--ablate does not go with --tune"),
+    ("--tune 2 --ablate", "--tune does not go with --ablate"),
     ("--ablate --epochs 2", "--epochs does not go with --ablate"),
     ("--tune 2 --price 0.1 --storage s --epochs 5 --seed 3 --fast", None),
     ("--ablate --latent-dim 4 --data-dir d", None)])

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from argparse import Namespace
-from pathlib import Path
 
 import common
 import numpy as np
@@ -77,7 +76,7 @@ def test_damaged_fashion_is_never_used(fashion, fails, capsys, monkeypatch, dama
         elif damage == "folder":
             file.mkdir()
     message = fails(2, common.load_data, data_args("fashion", "fashion", fast))
-    assert "train-images-idx3-ubyte" in message and "--data digits" in message
+    assert "no whole FashionMNIST in fashion" in message and "--data digits" in message
 
     args = data_args("auto", "fashion", fast)
     data = common.load_data(args)
@@ -133,49 +132,42 @@ def test_download_goes_on_to_the_second_mirror(mirrors, monkeypatch):
 
 
 def test_a_damaged_file_is_kept_until_a_whole_one_is_there(mirrors, fashion, monkeypatch):
-    """A file that the user put there is lost; the page of a captive portal takes its place."""
+    """The page of a captive portal takes its place; it is never repaired."""
     whole = common.load_data(data_args("fashion", "fashion"))
     file = fashion / "train-images-idx3-ubyte"
     file.write_bytes(b"damaged")
     monkeypatch.setattr(common.FashionMNIST, "mirrors", mirrors[:1])
     assert common.load_data(data_args("auto", "fashion")).name == "digits"
-    assert not file.exists() and Path(f"{file}.damaged").read_bytes() == b"damaged"
+    assert file.read_bytes() == b"damaged"
     monkeypatch.setattr(common.FashionMNIST, "mirrors", mirrors[1:])
     repaired = common.load_data(data_args("fashion", "fashion"))
     assert torch.equal(whole.x_train, repaired.x_train)
-    assert Path(f"{file}.damaged").read_bytes() == b"damaged"
 
 
 def test_no_network(fashion, fails, monkeypatch, capsys):
     """--data fashion falls back silently; --data auto dies where there is no network."""
     monkeypatch.setattr(common.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     message = fails(2, common.load_data, data_args("fashion", "new"))
-    assert "could not be downloaded" in message
+    assert "no whole FashionMNIST in new" in message and "127.0.0.1:9" in message
     assert common.load_data(data_args("auto", "new")).name == "digits"
     assert "using scikit-learn's" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-@pytest.mark.parametrize("name", ["fashion/FashionMNIST/raw/t10k-labels-idx1-ubyte",
-                                  "run/config.json"])
-def test_a_pipe_is_not_waited_for(fashion, fails, name):
+def test_a_pipe_is_not_waited_for(fashion, fails):
     """A named pipe in place of a file is opened, and nobody ever writes to it."""
     def hung(*args):
         raise TimeoutError
     before = signal.signal(signal.SIGALRM, hung)
     signal.alarm(5)
     try:
-        os.mkdir("run")
-        Path(name).unlink(missing_ok=True)
-        os.mkfifo(name)
-        if "fashion" in name:
-            message = fails(2, common.load_data, data_args("fashion", "fashion", fast=True))
-        else:
-            message = fails(2, common.read_config, "run", "ae")
+        file = fashion / "t10k-labels-idx1-ubyte"
+        file.unlink()
+        os.mkfifo(file)
+        fails(2, common.load_data, data_args("fashion", "fashion", fast=True))
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert name.split("/")[-1] in message
 
 
 @pytest.mark.parametrize("folds", [1, 5])

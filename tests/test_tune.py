@@ -154,10 +154,10 @@ def test_pruned_and_failed_trials_do_not_end_the_study(untrained, monkeypatch, c
     monkeypatch.setattr(optuna.trial.Trial, "should_prune",
                         lambda trial: trial.number == 2 or should_prune(trial))
     trials = ae.main([*SEARCH, "--storage", "j"])["trials"]
-    assert states(journal("j")) == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
+    assert states(journal("j")) == ["COMPLETE", "PRUNED", "PRUNED", "COMPLETE"]
     assert [trial["state"] for trial in trials[:2]] == ["complete"] * 2
     assert {trial["trial"]: trial["epochs"] for trial in trials} == {0: 3, 1: 1, 2: 1, 3: 3}
-    assert "trial 1: fail, 2 of 4 finished" in capsys.readouterr().out
+    assert "trial 1: pruned, 2 of 4 finished" in capsys.readouterr().out
 
 
 def test_the_pruner_waits_for_the_peak_of_the_rate(untrained, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_search_without_a_complete_trial(untrained, monkeypatch, fails):
     """Endless trials where every one diverges, or a traceback for want of a best."""
     monkeypatch.setattr(ae, "evaluate", lambda *args: float("nan"))
     assert "not one trial" in fails(1, ae.main, [*FAST, "--tune", "1", "--storage", "j"])
-    assert states(journal("j")) == ["FAIL"]
+    assert states(journal("j")) == ["PRUNED"]
 
 
 # --------------------------------------------------------------------------- going on
@@ -190,7 +190,7 @@ def test_interrupted_search_goes_on(untrained, monkeypatch, fails):
     fails(130, common.start, lambda: ae.main(["--resume", "a b", *CPU]))
     metrics = ae.main(["--resume", "a b", *CPU])
     trials = journal("a b/study.journal")
-    assert states(trials) == ["RUNNING", *["COMPLETE"] * 2, "RUNNING", *["COMPLETE"] * 2]
+    assert states(trials) == ["FAIL", *["COMPLETE"] * 2, "FAIL", *["COMPLETE"] * 2]
     assert trials[0].params == REPORT
     assert len({tuple(trial.params.values()) for trial in trials}) == len(trials)
     redrawn = ae.main(["--resume", "a b", *CPU])  # nothing is left to be trained
