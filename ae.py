@@ -44,14 +44,18 @@ RECIPES = {
     "first": {"latent_dim": 100, "hidden": 100, "lr": 0.001, "batch_size": 64, "dropout": 0.5,
               "epochs": 10, "schedule": "constant", "augment": "flip"},
 }
-# --tune and --ablate start many trainings; beside the flags of every run they take only these
+# --tune and --ablate start many trainings. Of the flags below they take only these; common.parse
+# refuses the others
 MODES = {"tune": ("storage", "price", "epochs"),
          "ablate": ("latent_dim", "hidden", "filters", "decoder_filters", "schedule", "epochs",
                     "lr", "batch_size", "augment")}
 
 
 def defaults(args):
-    """{flag: default} where --recipe, --fast or a mode changes it; common.parse asks for it."""
+    """{flag: default} where --recipe, --fast or a mode changes it; a flag that you type wins.
+
+    args: what common.parse finds at a first look, before it takes these defaults.
+    """
     changed = dict(RECIPES[args.recipe])
     if args.fast:
         changed["epochs"] = 3
@@ -94,13 +98,13 @@ def parse_args(argv=None):
                        help="L1: this factor times the sum of |w| is added to the loss")
     group = parser.add_argument_group("search")
     group.add_argument("--storage", metavar="FILE|URL",
-                       help="where the study is: a journal file, which many workers on one machine "
-                            "or in a shared folder may use, or a database (SQLite: one worker; a "
-                            "password in the URL would show in config.json); without it "
-                            "study.journal in the run's folder")
+                       help="a journal file, which many workers may share, or a database's URL "
+                            "(SQLite: one worker; config.json shows a password in it); without "
+                            "it study.journal in the run's folder")
     group.add_argument("--price", type=number(float, 0, 1), default=5e-5,
                        help="MSE that a latent dimension must save to be worth having")
     args = common.parse(parser, "ae", argv, defaults, MODES)
+    # the other way round: these two do nothing without --tune
     if not args.tune and (args.storage or args.price != parser.get_default("price")):
         parser.error("--storage and --price go only with --tune")
     return args
@@ -115,7 +119,7 @@ class Encoder(nn.Module):
     def __init__(self, latent_dim, hidden, filters, dropout, batchnorm):
         super().__init__()
         f1, f2 = filters
-        norm = nn.BatchNorm2d if batchnorm else nn.Identity
+        norm = nn.BatchNorm2d if batchnorm else nn.Identity  # which ignores its argument
         self.block1 = nn.Sequential(nn.Conv2d(1, f1, 3), nn.ReLU(), norm(f1), nn.MaxPool2d(2))
         self.block2 = nn.Sequential(nn.Conv2d(f1, f2, 3), nn.ReLU(), norm(f2), nn.MaxPool2d(2))
         self.linear = nn.Sequential(nn.Flatten(), nn.Linear(f2 * 5 * 5, hidden),
@@ -182,8 +186,8 @@ def mse(recon_x, x):
 def l1_penalty(model):
     """Sum of |w| over the weights of convolutions and linear layers.
 
-    Not of biases and BatchNorm, as is the custom: a bias only shifts a map. --weight-decay, an
-    argument of torch's optimisers, acts on all parameters.
+    Not of biases and BatchNorm, as is usual: a bias only shifts a map. --weight-decay, an argument
+    of torch's optimisers, acts on all parameters.
     """
     layers = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
     return sum(m.weight.abs().sum() for m in model.modules() if isinstance(m, layers))
@@ -220,16 +224,17 @@ def make_optimizer(model, args, n):
     else:
         optimizer = torch.optim.SGD(model.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.schedule == "onecycle":  # a high rate explores, the decay to zero then settles
-        schedule = torch.optim.lr_scheduler.OneCycleLR(  # it also lowers Adam's beta1 meanwhile
+        # cycle_momentum: while the rate is high, Adam's beta1 is lower; SGD here has no momentum
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, args.lr, epochs=args.epochs, steps_per_epoch=math.ceil(n / args.batch_size),
-            cycle_momentum=args.optimizer == "adam")  # SGD stays plain
+            cycle_momentum=args.optimizer == "adam")
     else:
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # no schedule
     return optimizer, schedule
 
 
 def fit(args, run, part, seeds, x_train, x_val):
-    """Train a network on x_train (N, 1, 28, 28) as one part of the run.
+    """Train a network on x_train (N, 1, 28, 28) as one part of the run: a fold, a variant.
 
     seeds: numbers that, with the epoch, decide every draw. Returns the network of the best epoch,
     and the numbers of all epochs as a list of dicts.
@@ -237,8 +242,8 @@ def fit(args, run, part, seeds, x_train, x_val):
     common.seed_everything(*seeds)
     model = build(args)
     optimizer, schedule = make_optimizer(model, args, len(x_train))
-    # 1; after an interruption the next epoch, and begin() changes model, optimizer and schedule to
-    # what they were
+    # first is 1, unless an interrupted run goes on: then begin() restores model, optimizer and
+    # schedule as they were saved, and returns the next epoch
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
@@ -246,7 +251,7 @@ def fit(args, run, part, seeds, x_train, x_val):
         val_mse = evaluate(model, x_val)
         run.end_epoch(score=val_mse,
                       train_loss=train_loss,  # on the way: dropout on, penalty added
-                      train_mse=evaluate(model, x_train[:len(x_val)]),  # of as many as x_val has
+                      train_mse=evaluate(model, x_train[:len(x_val)]),  # of as many images
                       val_mse=val_mse)
     run.load_best(model)
     return model, run.rows
@@ -282,8 +287,8 @@ def draw_maps(run, name, maps, columns, title, caption, cmap="viridis", symmetri
 
     The scale ends at the 99.5th percentile: a few outliers would leave all the rest dark.
     """
-    grid = make_grid(maps.cpu()[:, None], nrow=columns, padding=1, pad_value=float("nan"))
-    grid = grid[0]  # make_grid repeats what is grey for red, green and blue
+    # nan is drawn as empty; [0]: make_grid repeats what is grey for red, green and blue
+    grid = make_grid(maps.cpu()[:, None], nrow=columns, padding=1, pad_value=float("nan"))[0]
     height, width = grid.shape
     top = maps.abs().quantile(0.995).item()
     fig = Figure(figsize=(9, 1.2 + 8 * height / width), layout="constrained")
@@ -302,10 +307,13 @@ def draw_kernels(run, model, data_name):
               "decoder_conv1": decoder.block1[0], "decoder_conv2": decoder.block2[0],
               "decoder_conv3": decoder.out}
     for number, (name, layer) in enumerate(layers.items(), start=7):
-        w = layer.weight.detach()  # (out, in, H, W); of a ConvTranspose2d (in, out, H, W)
-        down, across = ("out", "in") if isinstance(layer, nn.Conv2d) else ("in", "out")
+        w = layer.weight.detach()
+        down, across = "out", "in"  # the axes of w: (out, in, H, W)
+        if isinstance(layer, nn.ConvTranspose2d):
+            down, across = "in", "out"
         if w.shape[0] > w.shape[1]:  # wider than high it fits the page
-            w, down, across = w.transpose(0, 1), across, down
+            w = w.transpose(0, 1)
+            down, across = across, down
         draw_maps(run, f"fig{number:02d}_{name}_kernels", w.flatten(0, 1), w.shape[1],
                   f"{data_name}, kernels of {name}: a row for each map {down}, a column for "
                   f"each map {across}", "Red adds, blue subtracts: a kernel with a red and a "
@@ -314,11 +322,14 @@ def draw_kernels(run, model, data_name):
 
 @torch.no_grad()
 def draw_activations(run, model, data):
-    """Figures 12 to 15: what each block makes of one pullover (digits: of one 2); all in one."""
+    """Figures 12 to 15: what each block makes of one pullover (digits: of one 2).
+
+    Then journey, all blocks in one figure.
+    """
     model.eval()
     encoder, decoder = model.encoder, model.decoder
-    there = data.y_test.unique().tolist()
-    pullover = there[min(2, len(there) - 1)]  # class 2, if there are so many
+    present = data.y_test.unique().tolist()
+    pullover = present[min(2, len(present) - 1)]  # class 2; other data may have fewer classes
     x = data.x_test[data.y_test == pullover][:1]  # (1, 1, 28, 28)
     x1 = encoder.block1(x)
     x2 = encoder.block2(x1)
@@ -340,11 +351,11 @@ def draw_activations(run, model, data):
     fig = Figure(figsize=(9, 9), layout="constrained")
     for ax, (label, maps) in zip(fig.subplots(len(rows), 1), rows.items(), strict=True):
         maps = maps.cpu()
-        if maps.ndim == 1:
+        if maps.ndim == 1:  # the code
             ax.bar(range(len(maps)), maps.numpy())
             ax.axhline(0, color="black", lw=0.5)
             size = f"{len(maps)} numbers"
-        else:  # the first ten maps
+        else:  # (N, H, W), of which the first ten
             grid = make_grid(maps[:10, None], nrow=10, padding=1, pad_value=float("nan"))[0]
             ax.imshow(grid.numpy(), cmap=colors.get(label, "viridis"))
             size = f"{maps.shape[1]}x{maps.shape[2]}"
@@ -379,11 +390,12 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)  # an interrupted one is nei
 
 def open_study(args, where):
     """The study in a journal file or a database, new or there already."""
-    storage = where
-    if "://" not in where:  # no database
+    storage = where  # the URL of a database
+    if "://" not in where:  # a file, with a lock that also works on Windows
         storage = optuna.storages.JournalStorage(
             JournalFileBackend(where, JournalFileOpenLock(where)))
-    # what is worse than the median ends early, but not before the rate has passed its peak
+    # a trial that is worse than the median of those before it ends early, but not before its
+    # learning rate has passed the peak
     pruner = optuna.pruners.MedianPruner(n_warmup_steps=math.ceil(args.epochs / 2))
     # costs compare only within a study of the same settings, so its name tells them
     name = (f"ae-{args.data}{'-fast' if args.fast else ''}-seed{args.seed}-epochs{args.epochs}"
@@ -400,10 +412,9 @@ def tune(args, data):
 
     The cost is the validation MSE after a short training plus --price for each latent dimension.
     MSE alone always prefers more dimensions, and 38 may well be where the report's search ended
-    for that reason; MSE divided by PCA's prefers the fewest. So each dimension costs --price. No
-    data can tell what a dimension is worth; whoever uses the code decides. The first ten trials are
-    the report's values and random points; then TPE, Optuna's usual method, tries what is likely to
-    be good after those before it.
+    for that reason. No data can tell what a dimension is worth: whoever wants the short code
+    decides. The first ten trials are the report's values and random points; then TPE, Optuna's
+    usual method, tries what is likely to be good after those before it.
     """
     train_idx, val_idx = common.split(data.y_train, args.seed)
     x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]  # all that a trial sees
@@ -414,24 +425,26 @@ def tune(args, data):
         study = open_study(args, where)
     except Exception as error:  # each kind of storage raises its own
         common.fail(f"cannot keep a study in {where} ({type(error).__name__}: {error})")
+    # --resume of a finished run would search again
     if (run.folder / "metrics.json").exists() and not study.get_trials(states=FINISHED):
         common.fail(f"the study of a finished run, {where}, is gone: start a new one")
 
     def objective(trial):
-        # all draws follow from the seed and the trial's number: with one seed for all, workers
-        # that start together and searches that go on would try the same points
-        rng = common.seed_everything(args.seed, trial.number)  # of the first weights too
-        study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())
+        # All draws follow from the seed and the trial's number; with one seed for all, workers
+        # that start together would try the same points. A new sampler forgets nothing: TPE finds
+        # the trials before this one in the study
+        rng = common.seed_everything(args.seed, trial.number)
+        study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())  # rng's own seed
         values = suggest(trial)
         trial.set_user_attr("values", values)
         print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
-        flags = common.with_flags(args, **values)
-        model = build(flags)
-        optimizer, schedule = make_optimizer(model, flags, len(x_train))
+        changed = common.with_flags(args, **values)
+        model = build(changed)
+        optimizer, schedule = make_optimizer(model, changed, len(x_train))
         for epoch in range(1, args.epochs + 1):  # as in fit, but Optuna looks on
             rng = common.seed_everything(args.seed, trial.number, epoch)
-            train_epoch(model, x_train, optimizer, schedule, flags, rng)
-            cost = evaluate(model, x_val) + args.price * flags.latent_dim
+            train_epoch(model, x_train, optimizer, schedule, changed, rng)
+            cost = evaluate(model, x_val) + args.price * changed.latent_dim
             if not math.isfinite(cost):
                 raise optuna.TrialPruned
             trial.report(cost, epoch)
@@ -452,17 +465,19 @@ def finish_search(args, run, study, data_name):
     """The table of trials and their picture, with the best command; returns the metrics."""
     rows = []
     for trial in study.get_trials(states=FINISHED):
-        values, cost = trial.user_attrs["values"], trial.value  # None if its first one was nan
-        rows.append({"trial": trial.number, "state": trial.state.name.lower(), **values,
-                     "epochs": len(trial.intermediate_values), "cost": cost,
-                     "val_mse": cost and cost - args.price * values["latent_dim"],
-                     "report": trial.user_attrs.get("report", False)})
-    rows.sort(key=lambda row: (row["state"] != "complete", row["cost"] or math.inf))
-    if rows[0]["state"] != "complete":
+        # a pruned trial has the last cost that it reported; without one (nan) it gets no row
+        if trial.value is not None:
+            values = trial.user_attrs["values"]
+            rows.append({"trial": trial.number, "state": trial.state.name.lower(), **values,
+                         "epochs": len(trial.intermediate_values), "cost": trial.value,
+                         "val_mse": trial.value - args.price * values["latent_dim"],
+                         "report": trial.user_attrs.get("report", False)})
+    rows.sort(key=lambda row: (row["state"], row["cost"]))  # "complete" before "pruned"
+    if not rows or rows[0]["state"] != "complete":
         common.fail("not one trial was completed", status=1)
     best = {k: v for k, v in rows[0].items() if k not in ("state", "epochs", "report")}
     best["command"] = "python ae.py " + " ".join(
-        f"--{name.replace('_', '-')} {best[name]}" for name in REPORT)
+        f"--{name.replace('_', '-')} {best[name]}" for name in REPORT)  # what is searched
     draw_search(run, rows, data_name)
     table = common.table([list(rows[0]), *(list(row.values()) for row in rows)])
     return run.finish({"best": best, "trials": rows}, [
@@ -520,11 +535,12 @@ def ablate(args, data, repeats=3):
         last_rows = []  # the numbers of the last epoch, of each seed
         for seed in range(args.seed, args.seed + repeats):
             train_idx, val_idx = common.split(data.y_train, seed)
-            _, rows = fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}", (seed, 0),
-                          data.x_train[train_idx], data.x_train[val_idx])
+            _, rows = fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}",
+                          (seed, 0), data.x_train[train_idx], data.x_train[val_idx])  # 0: a fold
             last_rows.append(rows[-1])
         each = [row["val_mse"] for row in last_rows]
-        baseline = ablation["baseline"]["each"] if ablation else each
+        if name == "baseline":
+            baseline = each
         differences = [a - b for a, b in zip(each, baseline, strict=True)]
         ablation[name] = {
             "variant": name, "val_mse": statistics.mean(each), "std": statistics.stdev(each),
@@ -557,7 +573,7 @@ def main(argv=None):
         x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]
         model, rows = fit(args, run, name, (args.seed, fold), x_train, x_val)
         folds.append({"val_mse": evaluate(model, x_val),
-                      "test_mse": evaluate(model, data.x_test)})  # the one look at the test set
+                      "test_mse": evaluate(model, data.x_test)})  # after all choices
 
     # figures and the other numbers are those of the last fold: model, rows, x_train
     recon_pca = common.pca_reconstruct(x_train, data.x_test, args.latent_dim)
@@ -567,7 +583,7 @@ def main(argv=None):
     common.plot_curves(run, "fig03_loss", rows, {"MSE per pixel": ("train_mse", "val_mse")},
                        f"{data.name}: autoencoder, latent {args.latent_dim}",
                        "Does the validation curve part from that of training images?")
-    # 2 and 3 are the report's
+    # of figure 4; the report shows 2 and 3
     dims = [2, 3] if args.latent_dim > 3 else [0, args.latent_dim - 1]
     knn = common.draw_latent(run, encode(model, data.x_test), data, dims, numbers=(4, 5, 6))
     draw_kernels(run, model, data.name)

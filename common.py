@@ -1,9 +1,9 @@
 """What the scripts share: flags, data, splits, seeds, augmentation, the run's folder, plotting.
 
-Worth reading are `seed_everything`, `splits`, `batches`, `augment` and `pca_reconstruct`. The rest
-is machinery: of it a training calls `Run.begin` before its first epoch, `Run.end_epoch` after each
-and `Run.load_best` at the end. Exit status of every script: 0 done, 1 the training failed (a loss
-that is not finite, a full disk), 2 wrong input, 130 interrupted, with one line on stderr.
+Worth reading are `seed_everything`, `split`, `splits`, `batches`, `augment` and `pca_reconstruct`.
+The rest is machinery: of it a training calls `Run.begin` before its first epoch, `Run.end_epoch`
+after each and `Run.load_best` at the end. Exit status of every script: 0 done, 1 failed in training
+(a loss that is not finite, a full disk), 2 wrong input, 130 interrupted, with a line on stderr.
 """
 
 import argparse
@@ -57,11 +57,11 @@ def start(main):
     try:
         main()
     except KeyboardInterrupt:
-        fail(f"interrupted; {Run.advice}", status=130)
+        fail(f"interrupted; {Run.advice or 'repeat the command'}", status=130)
     except FloatingPointError as error:
         fail(f"{error}: try a smaller --lr; the epochs before it are saved", status=1)
     except OSError as error:
-        fail(f"cannot read or write ({error}); {Run.advice}", status=1)
+        fail(f"cannot read or write ({error}); {Run.advice or 'repeat the command'}", status=1)
     except (MemoryError, RuntimeError) as error:  # a GPU's "out of memory" is a RuntimeError
         if not isinstance(error, MemoryError) and not any(
                 words in str(error) for words in ("out of memory", "allocate", "bad_alloc")):
@@ -80,7 +80,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviated flags, and with errors of one line."""
+    """argparse without abbreviated flags, and with errors of one line.
+
+    doc: the script's docstring, None under python -OO; --help shows its first line.
+    """
 
     def __init__(self, doc):
         super().__init__(description=(doc or "").partition("\n")[0], allow_abbrev=False,
@@ -97,7 +100,8 @@ def number(kind, low, high):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-    convert.__name__ = {int: "whole number", float: "number"}[kind]  # for "invalid ... value"
+    # argparse prints this name in "invalid whole number value: 'x'"
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
     return convert
 
 
@@ -113,7 +117,7 @@ def add_training_flags(parser, recipes, folds=True, **defaults):
     group.add_argument("--augment", choices=("none", "flip", "shift", "erase", "report"),
                        default=defaults["augment"], help="random change to each training image in "
                        "each epoch: flip: left-right; shift: that and up to 2 pixels; erase: that "
-                       "and a black rectangle; report: its section 5, rotated and upside down")
+                       "and a black rectangle; report: as there in section 5, rotated, upside down")
     group.add_argument("--recipe", choices=recipes, default="best",
                        help="best: these defaults; others: the report's settings, see the script")
     if folds:
@@ -145,7 +149,7 @@ FREE = {"resume", "data_dir", "device", "start_class", "dims"}
 
 
 def parse(parser, script, argv, defaults=lambda args: {}, modes=None):
-    """The flags, those of every run among them, and what class Run wants to know of the command.
+    """The flags as a namespace; also device, script and argv, which Run notes down.
 
     argv: the words of a command line; None: of this process's. defaults: a function that is given
     the flags and returns the defaults that they change, as --fast does {"epochs": 3}. modes: {flag
@@ -154,31 +158,33 @@ def parse(parser, script, argv, defaults=lambda args: {}, modes=None):
     words that began that run, with the new ones behind them: ranges are checked anew, what would
     change the training is refused.
     """
-    of_script = set(vars(parser.parse_args([])))
+    of_script = set(vars(parser.parse_args([])))  # without those that are added now
     add_run_flags(parser)
-    flags = vars(parser.parse_args([]))
 
-    # argparse leaves what a namespace holds before, unless the words name that flag
     def read(words):
-        return parser.parse_args(words, argparse.Namespace(**defaults(parser.parse_args(words))))
+        changed = defaults(parser.parse_args(words))  # by a --recipe, a mode, --fast
+        # argparse changes what a namespace holds only where the words name that flag
+        return parser.parse_args(words, argparse.Namespace(**changed))
 
     def refuse(flag, why):
         parser.error(f"--{flag.replace('_', '-')} {why}")
 
     words = sys.argv[1:] if argv is None else list(argv)
     args = read(words)
-    typed = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(flags))))
+    # likewise: None stays at each flag that is not among the words
+    typed = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args)))))
+    typed = {flag: value for flag, value in typed.items() if value is not None}
     for flag, value in typed.items():
         if value == "":  # an unset variable in a shell
             refuse(flag, "is empty")
         for mode, takes in (modes or {}).items():
-            if typed[mode] and flag in of_script - {mode, *takes} and value is not None:
+            if mode in typed and flag in of_script and flag not in (mode, *takes):
                 refuse(flag, f"does not go with --{mode}")
     if args.resume:
         begun = read_config(args.resume, script)
         before = vars(read(begun["argv"]))
         for flag, value in typed.items():
-            if value not in (None, before[flag]) and flag not in FREE:
+            if value != before[flag] and flag not in FREE:
                 refuse(flag, f"is {before[flag]} in {args.resume}: leave it, or start a new run")
         args = read([*begun["argv"], *words])
         args.data = begun["data"]  # what auto found when the run began
@@ -221,8 +227,9 @@ class FashionMNIST(torchvision.datasets.FashionMNIST):
         return False  # never from processed/*.pt of torchvision's early versions
 
     def _check_exists(self):
-        return all(file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
-                   for file, digest in ((Path(self.raw_folder, f), SHA256[f]) for f in SHA256))
+        files = [Path(self.raw_folder, name) for name in SHA256]
+        return all(f.is_file() and hashlib.sha256(f.read_bytes()).hexdigest() == SHA256[f.name]
+                   for f in files)
 
 
 class Data(NamedTuple):
@@ -278,8 +285,9 @@ def read_fashion(folder, download):
     LookupError where it cannot.
     """
     try:
-        train, test = (FashionMNIST(folder, train, download=download) for train in (True, False))
-    except Exception as why:  # whatever a network and garbage make the readers raise
+        train = FashionMNIST(folder, download=download)
+        test = FashionMNIST(folder, train=False)
+    except Exception as why:  # whatever a network and damaged files make torchvision raise
         reason = " ".join(str(why).split()) if download else "--fast downloads nothing"
         raise LookupError(f"no whole FashionMNIST in {folder} ({reason})") from why
     x_train, x_test = train.data.unsqueeze(1) / 255, test.data.unsqueeze(1) / 255
@@ -313,15 +321,15 @@ def split(y, seed):
 def splits(y, folds, seed):
     """{name: (training indices, validation indices)}: stratified k-fold, or with folds 1 one split.
 
-    y: (N,) class labels. Stratified: each part has the classes in the proportions of the whole. By
-    chance a fold might have few sandals to learn from, and do badly for that reason alone. Over k
-    folds the validation parts cover everything once. Indices are int64 tensors on the CPU,
-    disjoint; the test set is none of them.
+    y: (N,) class labels. Stratified: each part has the classes in the proportions of the whole.
+    Otherwise a fold might have few sandals to learn from, and do badly for that reason alone. Over
+    k folds the validation parts cover everything once. Indices are int64 tensors on the CPU,
+    disjoint; no test image is among them.
     """
     if folds == 1:
         return {"one split": split(y, seed)}
     y = y.cpu().numpy()
-    pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)
+    pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)  # of x only len(x)
     return {f"fold {n}": tuple(torch.tensor(part) for part in pair)
             for n, pair in enumerate(pairs, start=1)}
 
@@ -354,7 +362,7 @@ def augment(x, kind, rng):
     flipped = torch.rand(len(x), 1, 1, 1, generator=rng).to(x.device) < 0.5
     if kind != "flip":
         angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
-        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) / 14  # 28 pixels are 2 wide
+        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) * 2 / 28  # of 28 pixels
         if kind == "report":
             right = down = torch.zeros(len(x))  # turned, not moved
         else:
@@ -367,8 +375,9 @@ def augment(x, kind, rng):
         y0, x0 = 28 * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)  # centres
         half_height, half_width = 6 * torch.rand(2, len(x), 1, 1, 1, generator=rng).to(x.device)
         i = torch.arange(28, device=x.device)
-        rows, columns = (i[:, None] - y0).abs() < half_height, (i - x0).abs() < half_width
-        x = x.masked_fill(rows & columns, 0)  # (B, 1, 28, 1) & (B, 1, 1, 28)
+        rows = (i[:, None] - y0).abs() < half_height  # (B, 1, 28, 1): inside the rectangle?
+        columns = (i - x0).abs() < half_width         # (B, 1, 1, 28)
+        x = x.masked_fill(rows & columns, 0)
     return x
 
 
@@ -389,7 +398,8 @@ def pca_reconstruct(x_train, x_test, k):
     fitted on (Eckart and Young 1936). So this is the best linear autoencoder: what any network with
     a latent space of k has to beat. Fitted on test images it would know too much.
     """
-    pca = PCA(min(k, len(x_train)), svd_solver="covariance_eigh").fit(pixels(x_train))
+    k = min(k, len(x_train))  # there are no more, if the images are few
+    pca = PCA(k, svd_solver="covariance_eigh").fit(pixels(x_train))  # exact, the fastest for 784
     x_hat = pca.inverse_transform(pca.transform(pixels(x_test)))
     return torch.tensor(x_hat, dtype=torch.float32, device=x_test.device).view_as(x_test)
 
@@ -397,12 +407,13 @@ def pca_reconstruct(x_train, x_test, k):
 def knn_accuracy(points, y):
     """Do the classes keep apart? The share of points (N, D) whose 5 nearest vote for their class.
 
-    Returns the accuracy and that of each class, {class: accuracy}, both 5-fold: each point is asked
-    once, and the other four fifths vote. The points have no order, so the folds need no shuffling.
+    Returns the accuracy and that of each class, {class: accuracy}, both by cross validation: each
+    point is asked once, and the other four fifths vote. The points have no order, so the folds need
+    no shuffling.
     """
-    vote = KNeighborsClassifier(5)
-    right = cross_val_predict(vote, points, y, cv=KFold(5)) == y
-    return right.mean().item(), {c: right[y == c].mean().item() for c in np.unique(y).tolist()}
+    voters = KNeighborsClassifier(5)
+    correct = cross_val_predict(voters, points, y, cv=KFold(5)) == y
+    return correct.mean().item(), {c: correct[y == c].mean().item() for c in np.unique(y).tolist()}
 
 
 # --------------------------------------------------------------------------- the run's folder
@@ -417,7 +428,7 @@ def write(file, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, file)
-    finally:  # after a full disk
+    finally:  # where that failed
         temporary.unlink(missing_ok=True)
 
 
@@ -428,7 +439,7 @@ def read_config(folder, script):
         if config["script"] != script:
             fail(f"{folder} is a run of {config['script']}.py, not of {script}.py")
         return {**config, "argv": [str(word) for word in config["argv"]]}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except Exception as error:  # whatever a missing or damaged file makes of it
         fail(f"{folder} is no folder of a run, or its config.json is damaged ({error})")
 
 
@@ -440,9 +451,10 @@ def save_checkpoint(file, things, **rest):
 
 
 def load_tensors(file):
-    """What torch.save wrote, if it is whole, and plain tensors and containers: runs no code."""
+    """Load what torch.save wrote. A damaged file, or one that would run code, raises an error."""
+    # such a file is a zip archive, and torch.load does not compare its checksums
     if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-        raise zipfile.BadZipFile("CRC mismatch")  # torch.load does not compare them
+        raise zipfile.BadZipFile("CRC mismatch")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # its message advises to load it all the same
@@ -459,12 +471,12 @@ def load_checkpoint(file, things):
         for name, thing in things.items():
             thing.load_state_dict(state["things"][name])
         return state["rest"]
-    except Exception as error:  # whatever garbage makes the readers raise
+    except Exception as error:  # whatever a damaged file makes torch raise
         fail(f"{file} is damaged, or of another version of the script ({type(error).__name__}: "
              f"{str(error)[:200]}): name another run, or start a new one")
 
 
-@functools.cache  # parsing takes a tenth of a second, and a comparison asks several times
+@functools.cache  # parsing takes a tenth of a second, and gan.py --compare asks many times
 def digest(script, *words):
     """Six digits that change with the code of a training, and with the words of a command.
 
@@ -482,9 +494,12 @@ def digest(script, *words):
     for file in (script, *imports):
         for node in ast.parse(source(file)).body:  # without comments
             name = getattr(node, "name", "")  # of a function or class
-            if name in lesson if file == "common" else (
-                    isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign))
-                    and not name.startswith(("draw_", "main"))):
+            if file == "common":
+                counts = name in lesson
+            else:
+                counts = (isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign))
+                          and not name.startswith(("draw_", "main")))
+            if counts:
                 code.append(ast.dump(node))
     return hashlib.sha256(" ".join(code).encode()).hexdigest()[:6]
 
@@ -520,7 +535,7 @@ def new_folder(args, config):
     return folder
 
 
-# flags that name a folder, and which script made what lies there
+# {flag: the script that made the run whose folder it names}
 MADE_BY = {"encoder": "ae", "ae": "ae", "vae": "vae", "gan": "gan", "gan_report": "gan",
            "judge": "finetune"}
 
@@ -533,12 +548,14 @@ class Run:
     the numbers of its epochs, history those of all parts.
     """
 
-    advice = "repeat the command"  # what to do after an interruption, for start()
+    advice = None  # how to go on after an interruption, for start()
 
     def __init__(self, args, data, columns=()):
         """columns: the numbers of an epoch to print; log.jsonl has all of them."""
-        self.args, self.columns, self.history, self.captions = args, columns, [], {}
-        self.width = 22 + 13 * (4 - len(columns))  # of a part's name, so that a line has 99
+        self.args, self.columns = args, columns
+        self.history, self.captions = [], {}  # of all epochs, of all figures
+        # of a part's name: a line has 99 characters, of which 4 columns of 13 leave 22
+        self.width = 22 + 13 * (4 - len(columns))
         for flag, script in MADE_BY.items():  # a wrong name fails here, not after a training
             name = vars(args).get(flag)
             if name and read_config(name, script)["data"] != args.data:
@@ -549,7 +566,7 @@ class Run:
         self.config = read_config(args.resume, args.script) if args.resume else config
         self.folder = Path(args.resume) if args.resume else new_folder(args, config)
         self.command = shlex.join(["python", f"{args.script}.py", "--resume", str(self.folder)])
-        if Run.advice == "repeat the command":  # a later run is a training that this one asked for
+        if Run.advice is None:  # not of a training that the first run asked for, by trained()
             Run.advice = f"go on with: {self.command}"
         print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
               f"{args.device}; {config['machine']}; writing to {self.folder}", flush=True)
@@ -594,12 +611,13 @@ class Run:
         row = {"part": self.part, "epoch": epoch, **row, "seconds": seconds}
         self.rows.append(row)
         self.history.append(row)
-        self.images += [] if images is None else [images.cpu()]
+        if images is not None:
+            self.images.append(images.cpu())
         if not self.best or score < self.best["score"]:
             self.best = {"score": score, "epoch": epoch,  # state_dict() holds references: copy them
                          "model": copy.deepcopy(self.things["model"].state_dict())}
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in self.history]
-        # before the checkpoint: an epoch that is lost in between is trained and written again
+        # before the checkpoint: a run that is killed in between trains this epoch again
         write(self.folder / "log.jsonl", "".join(lines).encode())
         save_checkpoint(self.checkpoint, self.things, rows=self.rows, images=self.images,
                         best=self.best)
@@ -634,13 +652,14 @@ class Run:
         metrics = {"folder": str(self.folder), "fast": self.args.fast, **metrics, **self.config}
         text = json.dumps(metrics, indent=2, allow_nan=False)  # nan and inf are no JSON
         write(self.folder / "metrics.json", f"{text}\n".encode())
+        result = html.escape("\n".join(summary))
         figures = "".join(f'<h3>{name}</h3><p>{html.escape(caption)}</p><img src="{name}.png">'
                           for name, caption in sorted(self.captions.items()))  # fig01, fig02, ...
         page = f"""<!DOCTYPE html><meta charset="utf-8">
 <title>{html.escape(self.folder.name)}</title><style>body {{max-width: 60em; margin: auto;
 font-family: sans-serif}} img {{max-width: 100%}}</style>
 <h2>{html.escape(self.config["command"])}</h2>
-<pre>{html.escape(chr(10).join(summary))}</pre>{figures}
+<pre>{result}</pre>{figures}
 """
         write(self.folder / "index.html", page.encode())
         print("", *summary, "", "figures, log.jsonl, metrics.json, and index.html with all of them:"
@@ -650,12 +669,12 @@ font-family: sans-serif}} img {{max-width: 100%}}</style>
 
 def table(rows):
     """Rows of cells as aligned lines of text; a float gets four digits, None stays empty."""
-    cells = [["" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in row]
-             for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.rjust(width) if i else cell.ljust(width)
-                      for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-            for row in cells]
+    def text(cell):
+        return "" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+    cells = [[text(cell) for cell in row] for row in rows]
+    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))  # widths
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in cells]
 
 
 def over_folds(folds):
@@ -688,12 +707,12 @@ def load_run(folder, script, parse_args, build):
 
 
 def trained(script, args, minutes, flags=(), name=None):
-    """The folder of what one chapter needs of another: `python SCRIPT.py FLAGS`, made if need be.
+    """Train what one chapter needs of another, by SCRIPT.py FLAGS, if it is not there; its folder.
 
-    It is named after what it is (name, or else the script), the data, the seed, and code and
-    command, as in runs/judge-fashion-seed0-1a2b3c; nothing else in runs/ is looked at: the same
+    The folder is named after what it is (name, or else the script), the data, the seed, and code
+    and command, as in runs/judge-fashion-seed0-1a2b3c; nothing else in runs/ is looked at: the same
     command gives the same numbers. args: the caller's, after load_data; minutes: how long it takes
-    at most; flags: a list of words.
+    at most, to say so; flags: a list of words.
     """
     words = [*flags, "--data", args.data, "--seed", str(args.seed)]
     words += ["--fast"] if args.fast else []
@@ -815,7 +834,7 @@ def scatter(ax, points, y, classes):
     ax.scatter(*points[order].T, s=min(20, max(4, 6000 / len(y))), alpha=0.7, linewidths=0,
                c=color[y[order]])
     for c, label in enumerate(classes):
-        ax.scatter([], [], s=4, color=color[c], label=label)
+        ax.scatter([], [], s=4, color=color[c], label=label)  # for the legend only
 
 
 def draw_latent(run, z, data, dims, numbers):

@@ -53,8 +53,8 @@ def parse_args(argv=None):
     group.add_argument("--points", type=number(int, 16, 10**9), metavar="N",
                        help="the first N test images; without it all of them")
     group.add_argument("--perplexity", type=number(float, 2, 10**4), nargs="+", default=[30],
-                       metavar="P", help="how many neighbours t-SNE cares for; of several, the one "
-                                         "beside the other maps is 30, or the first")
+                       metavar="P", help="how many neighbours t-SNE cares for; of several, the map "
+                                         "beside the other methods is that of 30, or the first")
     for name in ("ae", "vae"):
         group.add_argument(f"--{name}", metavar="DIR",
                            help=f"run of {name}.py with --latent-dim 2; without it the best we "
@@ -84,6 +84,7 @@ def map_encoder(script, folder, x):
     Seconds: all epochs of the run, and encoding.
     """
     model = script.load_run(folder).to(x.device)
+    # a line for each epoch of its training
     log = (Path(folder) / "log.jsonl").read_text().splitlines()
     clock = time.perf_counter()
     z = ae.encode(model, x) if script is ae else vae.encode(model, x)[0]  # mu, without the noise
@@ -108,13 +109,13 @@ def map_tsne(x, perplexity, seed):
 
     With all 784 pixels most of the time would go into the search for neighbours. t-SNE moves the
     points themselves, it learns no function of x: a new image has no place in the map, and no image
-    can be made from a place. It starts from the first two components, so that the seed hardly
-    changes a thing.
+    can be made from a place. It starts from the first two components (init), so that the seed
+    hardly changes a thing.
     """
     print(f"t-SNE of {len(x):,} points with perplexity {perplexity:g}", flush=True)
     clock = time.perf_counter()
     x = PCA(min(50, len(x)), random_state=seed).fit_transform(common.pixels(x))
-    points = TSNE(perplexity=perplexity, random_state=seed, n_jobs=-1).fit_transform(x)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=-1).fit_transform(x)
     return points.astype(float), {"seconds": time.perf_counter() - clock, "perplexity": perplexity}
 
 
@@ -156,12 +157,13 @@ def table(maps):
 def spread(points, gap):
     """Indices of points (N, 2) all over a map, no two closer than gap times its width and height.
 
-    One after the other in the order of the data, so each is typical of its place, not extreme.
+    In the order of the data, each point that no chosen one is near.
     """
     points = points / np.ptp(points, axis=0)
     chosen = []
     for i, point in enumerate(points):
-        if not chosen or np.abs(points[chosen] - point).max(1).min() > gap:
+        distances = np.abs(points[chosen] - point).max(1)  # the larger one of across and down
+        if (distances > gap).all():
             chosen.append(i)
     return chosen
 
@@ -173,18 +175,19 @@ def draw_names(ax, points, y, classes):
     their limits already.
     """
     width, height = np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())
-    taken = []  # centre and half the width of each name
+    letter, line = 0.016 * width, 0.034 * height  # the size of bold ones, measured in a figure
+    taken = []  # the centre of each name, and its width
 
-    def is_taken(x1, y1, half1):
-        return any(abs(x1 - x2) < half1 + half2 and abs(y1 - y2) < 0.034 * height
-                   for x2, y2, half2 in taken)
+    def is_taken(x1, y1, width1):
+        return any(abs(x1 - x2) < (width1 + width2) / 2 and abs(y1 - y2) < line
+                   for x2, y2, width2 in taken)
 
     medians = {c: np.median(points[y == c], axis=0) for c in np.unique(y)}
     for c, (x, y_median) in sorted(medians.items(), key=lambda item: item[1][1]):
-        y_name, half = y_median, 0.008 * len(classes[c]) * width  # of bold letters, about
-        while is_taken(x, y_name, half):
+        y_name, name_width = y_median, letter * len(classes[c])
+        while is_taken(x, y_name, name_width):
             y_name += 0.01 * height
-        taken.append((x, y_name, half))
+        taken.append((x, y_name, name_width))
         ax.plot([x, x], [y_median, y_name], color="black", lw=1, zorder=9)
         ax.text(x, y_name, classes[c], ha="center", va="center", weight="bold", zorder=10,
                 path_effects=[withStroke(linewidth=3, foreground="white")])
@@ -227,11 +230,10 @@ def draw_maps(run, file, maps, x, y, data, columns=1):
 
 
 def find_encoder(script, args):
-    """The folder of the run of ae.py or vae.py: a named one, or the best we know, made if need be.
-    """
+    """The folder of a run of ae.py or vae.py: of --ae or --vae, or else the best we know."""
     name = script.__name__
     flags = TRAINING[name] + (" --epochs 3" if args.fast else "")  # the last --epochs counts
-    return getattr(args, name) or common.trained(
+    return getattr(args, name) or common.trained(  # ae2, vae2: with latent dimension 2
         name, args, minutes=15, flags=flags.split(), name=f"{name}2")
 
 

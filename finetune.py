@@ -15,8 +15,8 @@ Section 5 of the report: its four classifiers, confusion matrices, and what labe
     python finetune.py --fast                   smoke test in seconds
 
 FashionMNIST test images, three seeds (results/finetune*): the encoder 91.2 %, ResNet18 with random
-frozen layers 86.1 %, the CNN 93.1 %; standard error .3 %. All in an hour on one core, beside
-another run. Each run writes to a new folder in runs/.
+frozen layers 86.1 %, the CNN 93.1 %; standard error over images .3 %. All in an hour on one core,
+beside another run. Each run writes to a new folder in runs/.
 """
 
 import argparse
@@ -74,7 +74,7 @@ MODES = {"labels": ("epochs", "batch_size", "encoder"), "transfer": ("epochs",)}
 
 
 def defaults(args):
-    """{flag: default} where --recipe, --fast or a mode changes it; common.parse asks for it."""
+    """{flag: default} where --fast or a mode changes it; see defaults in ae.py."""
     if args.fast:
         return {"epochs": 2}
     return {"epochs": 10} if args.labels else {"epochs": 3} if args.transfer else {}
@@ -119,14 +119,16 @@ def parse_args(argv=None):
 
 
 def settings(args, name):
-    """The flags of one model, by its name: what was asked for, else its SETTINGS.
+    """The flags of one model, by its name: its SETTINGS where args has None.
 
-    Also what ae.make_optimizer asks for, optimizer and schedule, and a title.
+    None: you did not type that flag, and defaults() above does not set it. Also what
+    ae.make_optimizer asks for, optimizer and schedule, and a title.
     """
-    asked = {flag: value for flag, value in vars(args).items() if value is not None}
-    flags = common.with_flags(args, **SETTINGS[args.recipe][name] | asked)
-    flags.optimizer, flags.schedule = "adam", "onecycle" if args.recipe == "best" else "constant"
-    flags.model, flags.scratch = name, args.scratch and name == "ae"
+    decided = {flag: value for flag, value in vars(args).items() if value is not None}
+    flags = common.with_flags(args, **{**SETTINGS[args.recipe][name], **decided})
+    flags.model, flags.optimizer = name, "adam"
+    flags.schedule = "onecycle" if args.recipe == "best" else "constant"
+    flags.scratch = args.scratch and name == "ae"
     if name == "cnn":
         flags.train = "all"  # nothing to freeze
     if args.mirror is None:  # test on both views if trained on both
@@ -197,15 +199,15 @@ class CNN(nn.Module):
         return self.head(self.features(x))
 
 
-def build(args, classes, start=None):
-    """The network of args.model. start: its first weights by name, of ImageNet or another training.
+def build(args, classes, weights=None):
+    """The network of args.model. weights: by name, to start from, of ImageNet or another training.
 
     model.learning: its modules that learn, for train_epoch; the others are frozen.
     """
     if args.model == "ae":
         net = ae.load_run(args.encoder) if args.encoder else ae.Autoencoder()
         encoder = net.encoder
-        if args.scratch:  # its layers in their sizes, with new weights and statistics
+        if args.scratch:  # keep the sizes of its layers, forget what they learned
             for module in encoder.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
@@ -216,9 +218,10 @@ def build(args, classes, start=None):
     else:
         model = ResNet18(classes)
         last = [model.net.layer3, model.net.layer4, model.head]
+    # a plain list, of which torch makes no submodules
     model.learning = {"all": [model], "last": last, "head": [model.head]}[args.train]
-    if start is not None:  # it lacks the last layer, which stays random
-        model.load_state_dict({**model.state_dict(), **start})
+    if weights is not None:  # they lack the last layer, which stays random
+        model.load_state_dict({**model.state_dict(), **weights})
     model.requires_grad_(False)
     for module in model.learning:
         module.requires_grad_(True)
@@ -236,9 +239,9 @@ def imagenet_weights(args):
     try:
         state_dict = (common.load_tensors(args.weights) if args.weights else
                       published.get_state_dict(check_hash=True, weights_only=True))
-        torchvision.models.resnet18().load_state_dict(state_dict)  # does it fit?
+        torchvision.models.resnet18().load_state_dict(state_dict)  # raises an error if not its
         return {f"net.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
-    except Exception as error:  # whatever garbage makes the readers raise
+    except Exception as error:  # whatever a network and damaged files make of it
         raise LookupError(f"no ImageNet weights in {args.weights or published.url} ("
                           f"{type(error).__name__}: {str(error)[:200]})") from error
 
@@ -266,26 +269,26 @@ def train_epoch(model, x, y, optimizer, schedule, args, rng):
     return total.item() / len(x)
 
 
-def fit(args, run, part, seeds, train, val, classes, start=None, by_accuracy=False):
+def fit(args, run, part, seeds, train, val, classes, weights=None, by_accuracy=False):
     """Train args.model as one part of the run.
 
-    train, val: (x, y) each. seeds: numbers that, with the epoch, decide every draw. start: see
+    train, val: (x, y) each. seeds: numbers that, with the epoch, decide every draw. weights: see
     build. Returns the network of the epoch with the lowest validation loss, or with the highest
     accuracy, and the numbers of all epochs as a list of dicts.
     """
     common.seed_everything(*seeds)
     (x, y), (x_val, y_val) = train, val
-    model = build(args, classes, start)
+    model = build(args, classes, weights)
     if args.train != "all" and (args.scratch or args.model == "resnet18-random"):
         # BatchNorm in frozen layers never trains: its mean and variance would stay 0 and 1, but
-        # what random layers make of the data has others. Measure those
+        # what random layers make of the data has others. update_bn measures them, over 20 batches
         update_bn(x[:10_000].split(500), model)
     optimizer, schedule = ae.make_optimizer(model, args, len(x))
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
         train_loss = train_epoch(model, x, y, optimizer, schedule, args, rng)
-        # both in evaluation mode, so that they compare
+        # seen: training images, but in evaluation mode and not augmented, as the validation images
         seen_loss, seen_accuracy = evaluate(model, x[:len(x_val)], y[:len(x_val)])
         val_loss, val_accuracy = evaluate(model, x_val, y_val)
         run.end_epoch(score=-val_accuracy if by_accuracy else val_loss,
@@ -328,11 +331,11 @@ def evaluate(model, x, y):
 # --------------------------------------------------------------------------- few labels
 
 SEEDS = 3  # trainings of each, with other labelled images
-# settings to choose from on validation images, for each way, number of labels and seed: of a
-# network in --labels, and in --transfer
+# what fit_best chooses from on validation images, in --labels and in --transfer
 CANDIDATES = [{"lr": 0.002, "augment": "none"}, {"lr": 0.008, "augment": "none"},
               {"lr": 0.008, "augment": "shift"}]
-TRANSFER = [{"lr": 0.001, "augment": "shift"}, {"lr": 0.004, "augment": "shift"}]
+TRANSFER_CANDIDATES = [{"lr": 0.001, "augment": "shift"},
+                       {"lr": 0.004, "augment": "shift"}]
 STRENGTHS = (0.01, 0.1, 1.0)  # of a logistic regression: the inverse of its L2 penalty
 
 
@@ -344,6 +347,7 @@ def label_subset(y, n, seed):
     y = y.cpu().numpy()
     order = np.random.default_rng(seed).permutation(len(y))
     by_class = [order[y[order] == c] for c in np.unique(y)]
+    # a turn: an index of each class, None where a class has run out
     dealt = [i for turn in zip_longest(*by_class) for i in turn if i is not None]
     return torch.tensor(dealt[:n])
 
@@ -354,27 +358,31 @@ def probe(to_codes, train, val, test):
     train, val, test: (x, y) each; to_codes: x -> codes (N, D). Best on val. Standardised: a code's
     dimensions have scales of their own, and the penalty would count them unequally.
     """
-    (z, y), (z_val, y_val), (z_test, y_test) = (
-        (to_codes(x).cpu().double().numpy(), y.cpu().numpy()) for x, y in (train, val, test))
+    def codes_and_labels(x, y):
+        return to_codes(x).cpu().double().numpy(), y.cpu().numpy()
+
+    z, y = codes_and_labels(*train)
+    z_val, y_val = codes_and_labels(*val)
+    z_test, y_test = codes_and_labels(*test)
     fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(z, y)
               for c in STRENGTHS]
     best = max(fitted, key=lambda model: model.score(z_val, y_val))
     return best.score(z_val, y_val), best.score(z_test, y_test)
 
 
-def fit_best(candidates, flags, run, part, seeds, sets, classes, start=None):
+def fit_best(candidates, flags, run, part, seeds, sets, classes, weights=None):
     """(validation, test) accuracy of the network whose settings are best on val.
 
-    sets: (x, y) of train, val and test. start: see build. Epoch and settings are chosen by the
-    validation accuracy. Of few images a network soon makes fewer mistakes, each with more
-    conviction: its loss is lowest after an epoch or two, while the accuracy goes on rising.
+    sets: (x, y) of train, val and test. weights: see build. Epoch and settings are chosen by the
+    validation accuracy: with few images a network grows overconfident. Its mistakes become fewer,
+    but each costs more, so that the loss rises again while the accuracy still improves.
     """
     train, val, test = sets
     models = []
     for change in candidates:
         model, _ = fit(common.with_flags(flags, **change), run,
                        f"{part}, {change['lr']} {change['augment']}", seeds, train, val, classes,
-                       start, by_accuracy=True)
+                       weights, by_accuracy=True)
         models.append(model)
     best = max(models, key=lambda model: evaluate(model, *val)[1])
     return evaluate(best, *val)[1], evaluate(best, *test)[1]
@@ -394,6 +402,7 @@ def label_efficiency(args, data):
             common.fail(f"--labels {n}: it takes {len(data.classes)} to {len(pool)}, from an image "
                         "of each class to the training part")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
+    # runs of other chapters, made first where they are not there
     args.encoder = args.encoder or common.trained("ae", args, minutes=9)
     net_ae = ae.load_run(args.encoder).to(args.device)
     net_vae = vae.load_run(common.trained("vae", args, minutes=7)).to(args.device)
@@ -422,27 +431,28 @@ def transfer(args, data):
     """Is a network that has learned half of the classes ahead on the other half? Returns metrics.
 
     Not the report's experiment, whose ResNet18 had learned from a million colour photographs, but
-    its question, without a download: what is learned with labels elsewhere, and is it worth more
-    the fewer labels there are here? The network's last layer is always new.
+    its question, without a download: what is it worth to have learned other classes, and is it
+    worth more, the fewer labels there are? The network's last layer is always new.
     """
     classes, half = len(data.classes), len(data.classes) // 2
     if half < 2:
         common.fail(f"--transfer takes two classes for each half: there are {classes} in all")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    flags = common.with_flags(settings(args, "cnn"), batch_size=32)
+    flags = common.with_flags(settings(args, "cnn"), batch_size=32)  # some steps with 50 images
     points = defaultdict(list)
 
     def of_classes(x, y, low, high):  # their images, and labels that count from 0
         chosen = (y >= low) & (y < high)
         return x[chosen], y[chosen] - low
 
-    most = (data.y_train >= half).sum().item() * 3 // 4  # fewer than any seed's training part has
+    # three quarters: a training part has 80 %, give or take a few
+    most = (data.y_train >= half).sum().item() * 3 // 4
     for seed in range(args.seed, args.seed + SEEDS):
         train_idx, val_idx = common.split(data.y_train, seed)
         train, val = ((data.x_train[idx], data.y_train[idx]) for idx in (train_idx, val_idx))
         source, _ = fit(flags, run, f"first classes, {seed}", (seed, 0),
                         of_classes(*train, 0, half), of_classes(*val, 0, half), half)
-        start = {k: v for k, v in source.state_dict().items() if not k.startswith("head")}
+        learned = {k: v for k, v in source.state_dict().items() if not k.startswith("head")}
 
         x, y = of_classes(*train, half, classes)
         x_val, y_val = of_classes(*val, half, classes)
@@ -454,9 +464,10 @@ def transfer(args, data):
                 partial(encode, source), (x[idx], y[idx]), few_val, test))
             # repeat few images: an epoch has at least a sixteenth as many steps as one over all x
             idx = idx.repeat(math.ceil(len(x) / 16 / n))
-            for way, weights in (("fine-tuned", start), ("from scratch", None)):
+            for way, weights in (("fine-tuned", learned), ("from scratch", None)):
                 points[way, n].append(fit_best(
-                    TRANSFER, flags, run, f"{n}, {way}, {seed}", (seed, 1),  # 1: other draws
+                    TRANSFER_CANDIDATES, flags, run, f"{n}, {way}, {seed}",
+                    (seed, 1),  # 1: other draws than of the first classes
                     ((x[idx], y[idx]), few_val, test), classes - half, weights))
     return finish_points(run, points, "transfer",
                          f"{data.name}: does it help to learn other classes first?")
@@ -469,7 +480,7 @@ def finish_points(run, points, name, question):
     """
     results, labels = defaultdict(dict), sorted({n for _, n in points})
     for (way, n), pairs in points.items():
-        val, test = map(list, zip(*pairs, strict=True))
+        val, test = [v for v, _ in pairs], [t for _, t in pairs]
         results[way][str(n)] = {
             "val_mean": statistics.mean(val), "val_std": statistics.stdev(val), "val_each": val,
             "mean": statistics.mean(test), "std": statistics.stdev(test), "each": test}
@@ -568,18 +579,19 @@ def table3(models, left_out):
 # --------------------------------------------------------------------------- main
 
 
-def train_and_test(flags, run, data, splits, start):
+def train_and_test(flags, run, data, splits, weights):
     """All folds of one model; (its metrics, the network of its last fold, which the figures show).
 
-    flags: its settings. start: see build.
+    flags: its settings. weights: see build.
     """
     folds = []
     for fold, (name, split) in enumerate(splits.items()):
         train, val = ((data.x_train[idx], data.y_train[idx]) for idx in split)
         part = f"{flags.title}, {name}" if len(splits) > 1 else flags.title
         model, rows = fit(flags, run, part, (flags.seed, fold), train, val, len(data.classes),
-                          start)
-        logits = predict(model, data.x_test, flags.mirror)  # the one look at the test set
+                          weights)
+        # after all choices; with mirror images, the validation numbers without: they do not compare
+        logits = predict(model, data.x_test, flags.mirror)
         loss, accuracy = loss_and_accuracy(logits, data.y_test)
         best = min(rows, key=lambda row: row["val_loss"])
         folds.append({"test_accuracy": accuracy, "test_loss": loss,
@@ -638,7 +650,7 @@ def main(argv=None):
             common.fail(f"--batch-size {flags.batch_size} leaves a batch of one image, and ResNet18"
                         "'s last BatchNorm has nothing to average there: take another")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    if "ae" in names and not args.scratch:
+    if "ae" in names and not args.scratch:  # a run of ae.py, made first where it is not there
         args.encoder = args.encoder or common.trained("ae", args, minutes=9)
 
     results = {}

@@ -12,7 +12,7 @@ Section 3 of the report: a GAN, what its losses can tell, and which model is the
 FashionMNIST, 10,000 samples against the test images (results/gan*), three seeds: Frechet distance
 6.3 +- .4, precision .87, recall .83, with 398,306 parameters, in 26 minutes on one core beside
 another run. The report's recipe in full has 149 +- 18 (two seeds), and each loss within .1 of
-ours. Training images have 0.2.
+ours. Training images, taken as samples, have 0.2.
 
 The judge of the samples is the CNN of `finetune.py --model cnn --epochs 8`, trained first where it
 is not there yet, or that of --judge DIR. Distances by different judges do not compare. Each run
@@ -58,7 +58,7 @@ MODES = {"ablate": ("recipe", "judge", "epochs", "batch_size"),
 
 
 def defaults(args):
-    """{flag: default} where --recipe, --fast or a mode changes it; common.parse asks for it."""
+    """{flag: default} where --recipe, --fast or a mode changes it; see defaults in ae.py."""
     return RECIPES[args.recipe] | ({"epochs": 3} if args.ablate or args.fast else {})
 
 
@@ -82,9 +82,9 @@ def parse_args(argv=None):
     group.add_argument("--filters", type=number(int, 1, 512), nargs=3, default=[128, 64, 32],
                        help="maps that enter the generator's three transposed convolutions")
     group.add_argument("--d-filters", type=number(int, 1, 512), nargs="+", default=[64, 96, 80],
-                       help="maps of the discriminator's convolutions, four at most: a number in "
-                            "its last maps sees 10x10 pixels with two, as in the report, and up to "
-                            "22x22 with three")
+                       help="maps of the discriminator's convolutions, four at most; what a number "
+                            "in the last maps sees is 10x10 pixels with two convolutions, as in "
+                            "the report, and up to 22x22 with three")
     group.add_argument("--batchnorm", action=argparse.BooleanOptionalAction, default=True,
                        help="normalise the generator's maps over the batch")
     group.add_argument("--spectral-norm", action=argparse.BooleanOptionalAction, default=True,
@@ -181,11 +181,11 @@ def load_judge(args, data):
     """The CNN that judges the samples: of --judge, or a new one."""
     folder = args.judge or common.trained("finetune", args, minutes=6, name="judge",
                                           flags=["--model", "cnn", "--epochs", "8"])
-    # a run of all models keeps the weights of the last one in TABLE3, the CNN
+    # a run of all models is one, too: it keeps the weights of its last model, the CNN
     if common.read_config(folder, "finetune")["flags"]["model"] not in ("cnn", "all"):
         common.fail(f"{folder} is no run of finetune.py --model cnn, which the judge is")
     judge = common.load_run(folder, "finetune", finetune.parse_args,
-                            lambda flags: finetune.CNN(len(data.classes)))
+                            lambda flags: finetune.CNN(len(data.classes)))  # of one size
     return judge.to(args.device)
 
 
@@ -232,8 +232,9 @@ def train_epoch(netG, netD, netG_ema, x, g_optimizer, d_optimizer, schedules, ar
         g_loss.backward(inputs=list(netG.parameters()))
         g_optimizer.step()
 
-        steps = schedules[0].last_epoch  # so far: a schedule calls each of its steps an epoch
-        # with args.ema from the start, the first, random weights would count for thousands of steps
+        # The decay grows from .1 to args.ema: else the random weights of the start would count for
+        # thousands of steps
+        steps = schedules[0].last_epoch  # done so far; a schedule calls its steps epochs
         update_average(netG_ema, netG, decay=min(args.ema, (1 + steps) / (10 + steps)))
         for schedule in schedules:
             schedule.step()
@@ -280,12 +281,12 @@ def fit(args, run, part, seeds, x_train, judge, val_features):
     netG_ema = copy.deepcopy(netG)  # this one draws the samples, netG only learns
     g_optimizer, g_schedule = make_optimizer(netG, args, len(x_train))
     d_optimizer, d_schedule = make_optimizer(netD, args, len(x_train))
-    # 1; after an interruption the next epoch, and begin() changes all of these to what they were.
-    # The best weights are kept of netG_ema
+    # first is 1, unless an interrupted run goes on: then begin() restores all of these as they were
+    # saved, and returns the next epoch. load_best() will find the best weights of netG_ema
     first = run.begin(part, args.epochs, netG_ema, netG=netG, netD=netD, g_optimizer=g_optimizer,
                       d_optimizer=d_optimizer, g_schedule=g_schedule, d_schedule=d_schedule)
     # half as many samples as real images, to save time. The distance depends on their number, so
-    # main() measures training images, which it is drawn beside, with as many
+    # main() takes as many training images for the line beside this curve
     z_val = noise(len(val_features) // 2, args.noise_dim, VAL_NOISE, args.device)
     z_shown = noise(10, args.noise_dim, FIGURE_NOISE, args.device)
     for epoch in range(first, args.epochs + 1):
@@ -335,13 +336,13 @@ def frechet_distance(a, b):
 def precision_recall(real, fake, k=3):
     """Precision: how much of fake (M, F) looks real; recall: how much of real (N, F) is covered.
 
-    A set covers a point if one of the set's points is as close to it as to its own k-th nearest
-    neighbour in the set (Kynkaanniemi et al., arXiv 1904.06991).
+    Around each point of a set lies a ball that reaches to its k-th nearest neighbour in the set; a
+    set covers what lies in one of its balls (Kynkaanniemi et al., arXiv 1904.06991).
     """
     def covered(points, by):  # in parts of 1,000 rows: distances take 40 MB instead of 400
         radius = torch.cat([torch.cdist(part, by).kthvalue(k + 1).values  # + 1: itself, at 0
                             for part in by.split(1000)])
-        inside = torch.cat([(torch.cdist(part, by) <= radius).any(1)  # of one of the balls
+        inside = torch.cat([(torch.cdist(part, by) <= radius).any(1)
                             for part in points.split(1000)])
         return inside.float().mean().item()
     return covered(fake, by=real), covered(real, by=fake)
@@ -395,7 +396,7 @@ def draw_curves(run, rows, train_frechet, data_name):
     train_frechet: the distance of training images, which no generator can be expected to beat.
     """
     levels = {key: (f"{key} at chance level", value) for key, value in CHANCE.items()}
-    levels |= {"d_accuracy_fake": ("chance level", 0.5),
+    levels |= {"d_accuracy_fake": ("chance level", 0.5),  # of both accuracies
                "val_frechet": (f"training images: {train_frechet:.1f}", train_frechet)}
     common.plot_curves(run, "fig24_loss", rows, {
         "loss": ("d_loss", "g_loss"), "D's accuracy": ("d_accuracy_real", "d_accuracy_fake"),
@@ -456,8 +457,8 @@ def ablate(args, data, repeats=2):
     """Train each variant of the recipe with each seed, all equally long; returns the metrics.
 
     On validation data: which ingredient to take is a choice. The variants share each seed's split
-    and judge; a difference no larger than that between the seeds of the first one shows nothing.
-    Widths and batch size also differ between the two recipes and are not varied.
+    and judge; a difference no larger than that between the seeds of the first variant, the recipe
+    as it is, shows nothing. Widths and batch size also differ between the recipes, and stay.
     """
     run = common.Run(args, data, columns=("d_loss", "g_loss", "val_frechet"))
     judge = load_judge(args, data)
@@ -490,10 +491,10 @@ def shuffled(x, seed):
 
 def sample_density(net, density, n, seed):
     """n images (n, 1, 28, 28) that an autoencoder decodes from draws of a density of its codes."""
-    density.random_state = seed  # of its sample()
-    # sample() returns one Gaussian after the other, but measures and figures take the first few
+    density.random_state = seed  # the seed of sample(), which takes none
+    # shuffled: sample() returns one Gaussian after the other, and figures show the first images
     z = shuffled(torch.tensor(density.sample(n)[0]).float(), seed)
-    return vae.decode(net, z.to(next(net.parameters()).device))  # net.decoder: an AE has one too
+    return vae.decode(net, z.to(next(net.parameters()).device))  # of an AE, too: it has a decoder
 
 
 def sample_sets(folders, args, data):
@@ -510,8 +511,9 @@ def sample_sets(folders, args, data):
     print("fitting Gaussians to the codes of AE and VAE", flush=True)
     # an autoencoder has no noise to start from: its codes get a mixture of Gaussians as a density
     z_ae, z_vae = ae.encode(netA, x_train).cpu(), vae.encode(netV, x_train)[0].cpu()
-    ae_1, ae_50, vae_50 = (GaussianMixture(k, random_state=args.seed).fit(z.double())
-                           for z, k in ((z_ae, 1), (z_ae, 50), (z_vae, 50)))
+    ae_1 = GaussianMixture(1, random_state=args.seed).fit(z_ae.double())
+    ae_50 = GaussianMixture(50, random_state=args.seed).fit(z_ae.double())
+    vae_50 = GaussianMixture(50, random_state=args.seed).fit(z_vae.double())
     for seed in COMPARE_NOISE:
         x = shuffled(x_train, seed)[:n]
         yield {
@@ -530,8 +532,9 @@ def compare(args, data):
     """Judge each generator on three sets of samples; returns the metrics, means and spreads."""
     run = common.Run(args, data)
     judge = load_judge(args, data)
-    with_judge = ["--judge", args.judge] if args.judge else []  # it chooses a GAN's best epoch
-    folders = {
+    # a GAN's best epoch is chosen by the judge, so it must be the same one
+    with_judge = ["--judge", args.judge] if args.judge else []
+    folders = {  # named by flags, or else made first where they are not there
         "ae": args.ae or common.trained("ae", args, minutes=9),
         "vae": args.vae or common.trained("vae", args, minutes=7),
         "gan": args.gan or common.trained("gan", args, minutes=27, flags=with_judge),
@@ -547,7 +550,7 @@ def compare(args, data):
             shown[name] = x[:14]
     results = {}
     for name, each in judged.items():
-        results[name] = {key: np.mean([row[key] for row in each], axis=0).tolist()
+        results[name] = {key: np.mean([row[key] for row in each], axis=0).tolist()  # of lists, too
                          for key in each[0]}
         for key in ("frechet", "precision", "recall"):
             results[name][f"{key}_std"] = statistics.stdev(row[key] for row in each)
@@ -582,7 +585,7 @@ def main(argv=None):
     val_features = finetune.encode(judge, x_val)
     netG, rows, album = fit(args, run, args.recipe, (args.seed,), x_train, judge, val_features)
 
-    # the one look at the test set, with the averaged weights of the best validation epoch
+    # after all choices: the test set, with the averaged weights of the best validation epoch
     n, test_features = len(data.x_test), finetune.encode(judge, data.x_test)
     x = sample(netG, noise(n, args.noise_dim, TEST_NOISE, args.device))
     found = judge_images(judge, x, data.x_test, test_features)
@@ -590,9 +593,9 @@ def main(argv=None):
     floor = judge_images(judge, x_train[:n], data.x_test, test_features)
     # if samples lie closer to training images than test images do, they are copies or blurred (a
     # smooth image is near to everything); nearest.png shows which of the two
-    near, near_test = (nearest(images, x_train)[1].median().item()
-                       for images in (x[:1000], data.x_test[:1000]))
-    train_features = finetune.encode(judge, x_train[:len(x_val) // 2])
+    near = nearest(x[:1000], x_train)[1].median().item()
+    near_test = nearest(data.x_test[:1000], x_train)[1].median().item()
+    train_features = finetune.encode(judge, x_train[:len(x_val) // 2])  # as many as fit samples
     draw_curves(run, rows, frechet_distance(train_features, val_features), data.name)
     draw_samples(run, netG, data, x_train, album)
 
@@ -605,7 +608,7 @@ def main(argv=None):
         "samples": n, "g_gradient": [first["g_gradient"], last["g_gradient"]],
         "val_frechet": best["val_frechet"], "best_epoch": best["epoch"],
         "noise_dim": args.noise_dim, "recipe": args.recipe,
-        "parameters": sum(p.numel() for net in build(args) for p in net.parameters())}
+        "parameters": sum(p.numel() for net in build(args) for p in net.parameters())}  # G and D
     table = [(f"{n:,} samples, {n:,} test images", "Frechet", "precision", "recall", "D loss",
               "G loss"),
              ("this GAN", found["frechet"], found["precision"], found["recall"], last["d_loss"],

@@ -36,8 +36,11 @@ RECIPES = {
 
 
 def defaults(args):
-    """{flag: default} where --recipe, --fast or a mode changes it; common.parse asks for it."""
-    return RECIPES[args.recipe] | ({"epochs": 3} if args.fast else {})
+    """{flag: default} where --recipe or --fast changes it; see defaults in ae.py."""
+    changed = dict(RECIPES[args.recipe])
+    if args.fast:
+        changed["epochs"] = 3
+    return changed
 
 
 def parse_args(argv=None):
@@ -49,8 +52,8 @@ def parse_args(argv=None):
     group.add_argument("--latent-dim", type=number(int, 2, 784), default=18,
                        help="size D of the code z")
     group.add_argument("--sweep", type=number(float, 0, 1e6), nargs="+", metavar="BETA",
-                       help="train once with each of these betas; --beta says which one to show, "
-                            "without it 1 or else the last")
+                       help="train once with each of these betas; the figures show that of --beta, "
+                            "without it 1 if it is among them, else the last")
     group = parser.add_argument_group("model and loss")
     group.add_argument("--sigma", type=number(float, 1e-3, 1e3),
                        help="standard deviation of a pixel given z; without it, it is learned")
@@ -69,7 +72,7 @@ def parse_args(argv=None):
     args = common.parse(parser, "vae", argv, defaults)
     if args.sweep and args.folds > 1:
         parser.error("--folds does not go with --sweep")
-    if args.sweep and args.beta not in (1, *args.sweep):
+    if args.sweep and args.beta not in (1, *args.sweep):  # 1, the default: see sweep
         parser.error(f"--beta {args.beta:g} is none of --sweep")
     if args.dims and max(args.dims) >= args.latent_dim:
         parser.error(f"--dims {max(args.dims)}: z has dimensions 0 to {args.latent_dim - 1}")
@@ -98,7 +101,7 @@ class Encoder(nn.Module):
         x = self.block1(x)              # (B, f1, 13, 13)
         x = self.block2(x).flatten(1)   # (B, f2 * 25): 5x5 pixels in each map
         x = self.linear(x)              # (B, hidden); as it is if hidden is 0
-        return self.mu(x), self.logvar(x).clamp(max=20)  # far above any of use: exp stays finite
+        return self.mu(x), self.logvar(x).clamp(max=20)  # only so that exp stays finite
 
 
 class Decoder(nn.Module):
@@ -142,7 +145,7 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder = Encoder(latent_dim, hidden, filters)
         self.decoder = Decoder(latent_dim, hidden, decoder_filters)
-        if sigma is None:  # learned, from exp(-1) on: about the spread of the pixels themselves
+        if sigma is None:  # learned; starts at exp(-1), about the spread of the pixels themselves
             self.log_sigma = nn.Parameter(torch.tensor(-1.0))
         else:
             self.log_sigma = nn.Parameter(torch.tensor(math.log(sigma)), requires_grad=False)
@@ -189,8 +192,10 @@ def loss_function(recon_x, x, mu, logvar, log_sigma, beta):
     With beta 1 it is minus the ELBO, a bound on log p(x). Both terms are sums, over pixels and
     over latents. The popular shortcut, F.mse_loss(recon_x, x) + KL, divides only the first by 784.
     With sigma 1 our first term is 392 * MSE, up to a constant; so the shortcut, times 392, is our
-    loss with beta 392. For a fixed sigma only beta * sigma^2 matters: multiply the loss by
-    2 * sigma^2. A learned one settles at the root of the MSE, here about 0.1.
+    loss with beta 392.
+
+    For a fixed sigma only beta * sigma^2 matters (to see it, multiply the loss by 2 * sigma^2).
+    A learned sigma settles at the root of the MSE, here about 0.1.
     """
     return (gaussian_nll(recon_x, x, log_sigma) + beta * kl_divergence(mu, logvar).sum(1)).mean()
 
@@ -217,7 +222,7 @@ def train_epoch(model, x, optimizer, schedule, args, rng):
 
 
 def fit(args, run, part, seeds, x_train, x_val):
-    """Train a VAE on x_train (N, 1, 28, 28) as one part of the run.
+    """Train a VAE on x_train (N, 1, 28, 28) as one part of the run: a fold, a beta.
 
     seeds: numbers that, with the epoch, decide every draw. Returns the network of the best epoch,
     and the numbers of all epochs as a list of dicts.
@@ -228,13 +233,14 @@ def fit(args, run, part, seeds, x_train, x_val):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, epochs=args.epochs,
         steps_per_epoch=math.ceil(len(x_train) / args.batch_size))
-    # 1; after an interruption the next epoch, and begin() changes model, optimizer and schedule to
-    # what they were
+    # first is 1, unless an interrupted run goes on: then begin() restores model, optimizer and
+    # schedule as they were saved, and returns the next epoch
     first = run.begin(part, args.epochs, model, optimizer=optimizer, schedule=schedule)
     for epoch in range(first, args.epochs + 1):
         rng = common.seed_everything(*seeds, epoch)
         train_loss = train_epoch(model, x_train, optimizer, schedule, args, rng)
-        # both in evaluation mode and without augmentation, so that the two compare
+        # both in evaluation mode and without augmentation, so that they compare; train_loss, taken
+        # on the way while the weights changed, does not
         seen = evaluate(model, x_train[:len(x_val)], args.beta)
         unseen = evaluate(model, x_val, args.beta)
         run.end_epoch(
@@ -300,8 +306,9 @@ def total_correlation(mu, logvar):
     """
     # covariance of z over all images: that of the means plus the mean variance
     cov = torch.cov(mu.T) + logvar.exp().mean(0).diag()
-    cov = cov.cpu().double()  # a determinant of up to 784 small numbers
-    correlation = 0.5 * (cov.diag().log().sum() - cov.slogdet()[1]).item()
+    cov = cov.cpu().double()  # for a determinant, a product of up to 784 small numbers
+    _, log_det = cov.slogdet()
+    correlation = 0.5 * (cov.diag().log().sum() - log_det).item()
     return correlation if math.isfinite(correlation) else None
 
 
@@ -377,7 +384,8 @@ def draw_samples(run, model, data, mu):
 def draw_plane(run, model, mu, data):
     """For D = 2: the codes mu (N, 2), and the images decoded over the quantiles of the prior."""
     q = torch.distributions.Normal(0, 1).icdf(torch.linspace(0.02, 0.98, 20)).to(mu.device)
-    z = torch.stack([q.repeat(20), q.flip(0).repeat_interleave(20)], dim=1)  # top row: largest z[1]
+    # 400 places, row by row, z[0] from left to right; the top row has the largest z[1]
+    z = torch.stack([q.repeat(20), q.flip(0).repeat_interleave(20)], dim=1)
     fig = Figure(figsize=(13, 6.3), layout="constrained")
     left, right = fig.subplots(1, 2)
     common.scatter(left, mu.cpu().numpy(), data.y_test.cpu().numpy(), data.classes)
@@ -428,7 +436,7 @@ COLUMNS = ("train_loss", "val_loss", "val_mse", "val_kl")  # of an epoch, to pri
 
 
 def describe(run, model, test, rows, data, x_train):
-    """Draw figures 16 to 23 and what else shows one VAE; returns its metrics.
+    """Draw figures 16 to 23 and all others of one VAE; returns its metrics.
 
     test: what evaluate returns of the test images. rows: its epochs.
     """
@@ -486,12 +494,13 @@ def sweep(args, data):
     run = common.Run(args, data, columns=COLUMNS)
     models, histories, val, tests = [], [], [], []
     for beta in args.sweep:
+        # .10g: a part's name is also that of its checkpoint, so it must differ for each beta
         model, rows = fit(common.with_flags(args, beta=beta), run, f"beta {beta:.10g}",
                           (args.seed, 0), x_train, x_val)
         models.append(model)
         histories.append(rows)
         val.append(evaluate(model, x_val, beta))
-        tests.append(evaluate(model, data.x_test, beta))  # the one look at the test set
+        tests.append(evaluate(model, data.x_test, beta))
     shown = args.sweep.index(args.beta) if args.beta in args.sweep else -1
     metrics = describe(run, models[shown], tests[shown], histories[shown], data, x_train)
     metrics |= {"val_mse": val[shown]["mse"], "sweep": [
@@ -518,9 +527,10 @@ def main(argv=None):
         x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]
         model, rows = fit(args, run, name, (args.seed, fold), x_train, x_val)
         val.append(evaluate(model, x_val, args.beta))
-        tests.append(evaluate(model, data.x_test, args.beta))  # the one look at the test set
+        tests.append(evaluate(model, data.x_test, args.beta))  # after all choices
 
-    # figures and numbers are those of the last fold (model, rows, x_train), but for the two MSEs
+    # figures and numbers are those of the last fold (model, rows, x_train), but for the two MSEs,
+    # which become the means over the folds
     metrics = describe(run, model, tests[-1], rows, data, x_train)
     metrics |= {"folds": args.folds, **common.over_folds([
         {"val_mse": v["mse"], "test_mse": t["mse"]} for v, t in zip(val, tests, strict=True)])}

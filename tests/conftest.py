@@ -1,5 +1,6 @@
 """What all tests share. None needs a network or FashionMNIST: they run on the digits."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -7,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -33,7 +35,7 @@ os.fsync = lambda fd: None  # no test needs its files after a power cut
 def elsewhere(tmp_path, monkeypatch):
     """Every test runs in a folder of its own: runs/ and data/ land there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.Run, "advice", "repeat the command")  # undone after the test
+    monkeypatch.setattr(common.Run, "advice", None)  # undone after the test
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,31 @@ def fashion(tmp_path, monkeypatch):
             archives.append((f"{name}.gz", hashlib.md5(pack(content)).hexdigest()))
     monkeypatch.setattr(common.FashionMNIST, "resources", archives)
     return raw
+
+
+def forked(function, *args):
+    """Run function(*args) in a child process that may be killed; returns its number and output.
+
+    A fork has all imports already: a new Python would take two seconds for them.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork a process")
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        return child, open(read)
+    try:
+        with open(write, "w") as out, contextlib.redirect_stdout(out):
+            function(*args)
+    finally:
+        os._exit(1)  # without the handlers of pytest
+
+
+def kill(child):
+    """SIGKILL, and wait for the end."""
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 class Evil:

@@ -4,16 +4,14 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ae
 import common
 import pytest
 import torch
-from conftest import ROOT, history, numbers, readme_commands
+from conftest import ROOT, forked, history, kill, numbers, readme_commands
 from sklearn.decomposition import PCA
 
 CPU = ["--device", "cpu"]
@@ -305,14 +303,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, no_figures, monkeypat
     """Resuming repeats batches, forgets the schedule, repeats a fold, or draws other noise."""
     command = [*FAST, "--folds", "2", "--epochs", "2", "--dropout", "0.2", "--augment", "flip",
                "--out-dir"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "ae.py"), *command, "a b/ü"],
-                               stdout=subprocess.DEVNULL)
+    child, out = forked(ae.main, [*command, "a b/ü"])
+    while "fold 2" not in out.readline():
+        pass
+    kill(child)
+    out.close()
     log = tmp_path / "a b" / "ü" / "log.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):  # in the second fold
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    assert len(log.read_text().splitlines()) == 3
     assert not (log.parent / "metrics.json").exists()
     resumed = ae.main(["--resume", "a b/ü", *CPU])
     whole = ae.main([*command, "whole"])

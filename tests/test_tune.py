@@ -6,8 +6,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import ae
@@ -15,7 +13,7 @@ import common
 import optuna
 import pytest
 import torch
-from conftest import ROOT, history, numbers
+from conftest import forked, history, kill, numbers
 from test_ae import equal, few, no_figures, weights  # noqa: F401
 
 CPU = ["--device", "cpu"]
@@ -205,25 +203,23 @@ def test_interrupted_search_goes_on(untrained, monkeypatch, fails):
 def test_two_workers_one_killed(monkeypatch):
     """Finished trials lost, fewer than asked for, workers that try the same points."""
     command = [*FAST, "--tune", "4", "--epochs", "2", "--storage", "j", "--out-dir"]
-    other = subprocess.Popen([sys.executable, str(ROOT / "ae.py"), *command, "b"],
-                             stdout=subprocess.PIPE, text=True)
+    child, out = forked(ae.main, [*command, "b"])
 
     def next_trial():  # it says that a trial starts
-        return next((line for line in other.stdout if "latent_dim" in line), None)
+        return next((line for line in out if "latent_dim" in line), None)
     assert next_trial() and next_trial()  # the report's values are done, the second is under way
     seen = []
 
-    def kill():
+    def kill_the_other():
         if not seen:
             assert next_trial()  # it just began one, so it does not hold the journal's lock
-            other.kill()
-            other.wait()
+            kill(child)
             seen.append(journal("j"))
     report = optuna.Trial.report
-    monkeypatch.setattr(optuna.Trial, "report", lambda *args: (kill(), report(*args)))
+    monkeypatch.setattr(optuna.Trial, "report", lambda *args: (kill_the_other(), report(*args)))
     monkeypatch.setattr(ae, "draw_search", lambda *args: None)
     trials = ae.main([*command, "a"])["trials"]
-    other.stdout.close()
+    out.close()
     before, after = finished(seen[0]), journal("j")
     assert before and before.items() <= finished(after).items()
     assert len(finished(after)) == 4 and states(after).count("RUNNING") == 1  # what was killed
