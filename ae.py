@@ -249,9 +249,9 @@ def fit(args, run, part, seeds, x_train, x_val):
         rng = common.seed_everything(*seeds, epoch)
         train_loss = train_epoch(model, x_train, optimizer, schedule, args, rng)
         val_mse = evaluate(model, x_val)
-        run.end_epoch(score=val_mse,
+        run.end_epoch(score=val_mse,  # the lowest is the best epoch
                       train_loss=train_loss,  # on the way: dropout on, penalty added
-                      train_mse=evaluate(model, x_train[:len(x_val)]),  # of as many images
+                      train_mse=evaluate(model, x_train[:len(x_val)]),  # as many as in x_val
                       val_mse=val_mse)
     run.load_best(model)
     return model, run.rows
@@ -402,7 +402,8 @@ def open_study(args, where):
             f"-price{args.price}")
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
                                 direction="minimize", pruner=pruner)
-    if not study.trials:  # the report's values come first
+    # the report's values come first, and once more where an interruption made them fail
+    if all(t.state == TrialState.FAIL for t in study.trials if t.user_attrs.get("report")):
         study.enqueue_trial(REPORT, user_attrs={"report": True})
     return study
 
@@ -412,9 +413,9 @@ def tune(args, data):
 
     The cost is the validation MSE after a short training plus --price for each latent dimension.
     MSE alone always prefers more dimensions, and 38 may well be where the report's search ended
-    for that reason. No data can tell what a dimension is worth: whoever wants the short code
-    decides. The first ten trials are the report's values and random points; then TPE, Optuna's
-    usual method, tries what is likely to be good after those before it.
+    for that reason: it is the upper end here. No data can tell what a dimension is worth; whoever
+    wants the short code decides. The first ten trials are the report's values and random points;
+    then TPE, Optuna's usual method, tries what is likely to be good after those before it.
     """
     train_idx, val_idx = common.split(data.y_train, args.seed)
     x_train, x_val = data.x_train[train_idx], data.x_train[val_idx]  # all that a trial sees
@@ -425,14 +426,14 @@ def tune(args, data):
         study = open_study(args, where)
     except Exception as error:  # each kind of storage raises its own
         common.fail(f"cannot keep a study in {where} ({type(error).__name__}: {error})")
-    # --resume of a finished run would search again
+    # the study is new, and --resume would search once more
     if (run.folder / "metrics.json").exists() and not study.get_trials(states=FINISHED):
         common.fail(f"the study of a finished run, {where}, is gone: start a new one")
 
     def objective(trial):
-        # All draws follow from the seed and the trial's number; with one seed for all, workers
-        # that start together would try the same points. A new sampler forgets nothing: TPE finds
-        # the trials before this one in the study
+        # All draws follow from the seed and the trial's number; with one seed for all, processes
+        # that share a --storage would try the same points. suggest() draws by this new sampler,
+        # which forgets nothing: TPE finds the trials before this one in the study
         rng = common.seed_everything(args.seed, trial.number)
         study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())  # rng's own seed
         values = suggest(trial)
@@ -457,7 +458,10 @@ def tune(args, data):
               f"{len(study.get_trials(states=FINISHED))} of {args.tune} finished", flush=True)
 
     if len(study.get_trials(states=FINISHED)) < args.tune:
-        study.optimize(objective, callbacks=[say, MaxTrialsCallback(args.tune, FINISHED)])
+        try:
+            study.optimize(objective, callbacks=[say, MaxTrialsCallback(args.tune, FINISHED)])
+        except AssertionError as error:  # Optuna's answer to a storage that takes no more
+            raise OSError(f"cannot write to the study in {where}") from error
     return finish_search(args, run, study, data.name)
 
 
@@ -536,7 +540,7 @@ def ablate(args, data, repeats=3):
         for seed in range(args.seed, args.seed + repeats):
             train_idx, val_idx = common.split(data.y_train, seed)
             _, rows = fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}",
-                          (seed, 0), data.x_train[train_idx], data.x_train[val_idx])  # 0: a fold
+                          (seed, 0), data.x_train[train_idx], data.x_train[val_idx])  # 0: one fold
             last_rows.append(rows[-1])
         each = [row["val_mse"] for row in last_rows]
         if name == "baseline":
@@ -583,7 +587,7 @@ def main(argv=None):
     common.plot_curves(run, "fig03_loss", rows, {"MSE per pixel": ("train_mse", "val_mse")},
                        f"{data.name}: autoencoder, latent {args.latent_dim}",
                        "Does the validation curve part from that of training images?")
-    # of figure 4; the report shows 2 and 3
+    # the dimensions in figure 4; the report shows 2 and 3
     dims = [2, 3] if args.latent_dim > 3 else [0, args.latent_dim - 1]
     knn = common.draw_latent(run, encode(model, data.x_test), data, dims, numbers=(4, 5, 6))
     draw_kernels(run, model, data.name)

@@ -226,10 +226,18 @@ class FashionMNIST(torchvision.datasets.FashionMNIST):
     def _check_legacy_exist(self):
         return False  # never from processed/*.pt of torchvision's early versions
 
-    def _check_exists(self):
+    def damaged(self):
         files = [Path(self.raw_folder, name) for name in SHA256]
-        return all(f.is_file() and hashlib.sha256(f.read_bytes()).hexdigest() == SHA256[f.name]
-                   for f in files)
+        return [f for f in files if not f.is_file()
+                or hashlib.sha256(f.read_bytes()).hexdigest() != SHA256[f.name]]
+
+    def _check_exists(self):
+        return not self.damaged()
+
+    def download(self):
+        for file in filter(Path.exists, self.damaged()):
+            file.replace(f"{file}.damaged")  # it is not ours to overwrite
+        super().download()
 
 
 class Data(NamedTuple):
@@ -362,6 +370,7 @@ def augment(x, kind, rng):
     flipped = torch.rand(len(x), 1, 1, 1, generator=rng).to(x.device) < 0.5
     if kind != "flip":
         angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
+        # where to look; the image itself moves to the other side, which is as likely
         right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) * 2 / 28  # of 28 pixels
         if kind == "report":
             right = down = torch.zeros(len(x))  # turned, not moved
@@ -438,7 +447,8 @@ def read_config(folder, script):
         config = json.loads(Path(folder, "config.json").read_text())
         if config["script"] != script:
             fail(f"{folder} is a run of {config['script']}.py, not of {script}.py")
-        return {**config, "argv": [str(word) for word in config["argv"]]}
+        config["argv"], config["data"] = [str(w) for w in config["argv"]], str(config["data"])
+        return config
     except Exception as error:  # whatever a missing or damaged file makes of it
         fail(f"{folder} is no folder of a run, or its config.json is damaged ({error})")
 

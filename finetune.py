@@ -56,7 +56,7 @@ SETTINGS = {  # by recipe and model; a flag that is given wins over them
         "ae": {"train": "all", "epochs": 80, "batch_size": 64, "lr": 0.008, "weight_decay": 0.0,
                "augment": "shift"},
         "resnet18": RESNET, "resnet18-random": RESNET,
-        # the larger the network, the more it takes to keep it from learning images by heart
+        # many weights and many epochs: it takes more to keep it from learning images by heart
         "cnn": {"train": "all", "epochs": 40, "batch_size": 128, "lr": 0.004,
                 "weight_decay": 5e-5, "augment": "erase"}},
     # the report gives none for ResNet18: a guess. Its CNN saw each image once plain and once
@@ -200,7 +200,7 @@ class CNN(nn.Module):
 
 
 def build(args, classes, weights=None):
-    """The network of args.model. weights: by name, to start from, of ImageNet or another training.
+    """The network of args.model. weights: {name: tensor} to start from, of ImageNet or others.
 
     model.learning: its modules that learn, for train_epoch; the others are frozen.
     """
@@ -239,7 +239,7 @@ def imagenet_weights(args):
     try:
         state_dict = (common.load_tensors(args.weights) if args.weights else
                       published.get_state_dict(check_hash=True, weights_only=True))
-        torchvision.models.resnet18().load_state_dict(state_dict)  # raises an error if not its
+        torchvision.models.resnet18().load_state_dict(state_dict)  # an error if others
         return {f"net.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
     except Exception as error:  # whatever a network and damaged files make of it
         raise LookupError(f"no ImageNet weights in {args.weights or published.url} ("
@@ -336,7 +336,7 @@ CANDIDATES = [{"lr": 0.002, "augment": "none"}, {"lr": 0.008, "augment": "none"}
               {"lr": 0.008, "augment": "shift"}]
 TRANSFER_CANDIDATES = [{"lr": 0.001, "augment": "shift"},
                        {"lr": 0.004, "augment": "shift"}]
-STRENGTHS = (0.01, 0.1, 1.0)  # of a logistic regression: the inverse of its L2 penalty
+INVERSE_PENALTIES = (0.01, 0.1, 1.0)  # L2, of a logistic regression; scikit-learn calls it C
 
 
 def label_subset(y, n, seed):
@@ -365,7 +365,7 @@ def probe(to_codes, train, val, test):
     z_val, y_val = codes_and_labels(*val)
     z_test, y_test = codes_and_labels(*test)
     fitted = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(z, y)
-              for c in STRENGTHS]
+              for c in INVERSE_PENALTIES]
     best = max(fitted, key=lambda model: model.score(z_val, y_val))
     return best.score(z_val, y_val), best.score(z_test, y_test)
 
@@ -438,14 +438,14 @@ def transfer(args, data):
     if half < 2:
         common.fail(f"--transfer takes two classes for each half: there are {classes} in all")
     run = common.Run(args, data, columns=("train_loss", "val_loss", "val_accuracy"))
-    flags = common.with_flags(settings(args, "cnn"), batch_size=32)  # some steps with 50 images
+    flags = common.with_flags(settings(args, "cnn"), batch_size=32)  # more steps of few images
     points = defaultdict(list)
 
     def of_classes(x, y, low, high):  # their images, and labels that count from 0
         chosen = (y >= low) & (y < high)
         return x[chosen], y[chosen] - low
 
-    # three quarters: a training part has 80 %, give or take a few
+    # what the training part of each seed has at least: 80 %, give or take a few
     most = (data.y_train >= half).sum().item() * 3 // 4
     for seed in range(args.seed, args.seed + SEEDS):
         train_idx, val_idx = common.split(data.y_train, seed)
@@ -515,7 +515,7 @@ FIGURES = {"ae": ("fig30_ae", "fig33_confusion_ae"),
 
 
 def draw_confusion(run, name, matrix, classes, title):
-    """Figures 33 to 36: rows are the truth. Only errors are coloured: the diagonal hides them."""
+    """Figures 33 to 36: rows are the truth. A coloured diagonal would hide the errors."""
     errors = matrix - np.diag(np.diag(matrix))
     size = 0.5 * len(classes)
     fig = Figure(figsize=(size + 2, size + 1.9), layout="constrained")
@@ -590,7 +590,8 @@ def train_and_test(flags, run, data, splits, weights):
         part = f"{flags.title}, {name}" if len(splits) > 1 else flags.title
         model, rows = fit(flags, run, part, (flags.seed, fold), train, val, len(data.classes),
                           weights)
-        # after all choices; with mirror images, the validation numbers without: they do not compare
+        # after all choices. The test may use mirror images, which the validation numbers do not:
+        # the two do not compare
         logits = predict(model, data.x_test, flags.mirror)
         loss, accuracy = loss_and_accuracy(logits, data.y_test)
         best = min(rows, key=lambda row: row["val_loss"])

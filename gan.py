@@ -42,9 +42,8 @@ import vae
 
 RECIPES = {
     "best": {},
-    # the report gives noise, rate, beta1, weights and epochs. The rest is a guess: widths, and
-    # the batch of the DCGAN paper
-    "report": {"filters": [64, 32, 16], "d_filters": [16, 32], "batchnorm": False,
+    # the report gives all but the widths and the batch; that of the DCGAN paper is a guess
+    "report": {"noise_dim": 32, "filters": [64, 32, 16], "d_filters": [16, 32], "batchnorm": False,
                "spectral_norm": False, "init_std": 0.02, "lr": 0.0002, "beta1": 0.5,
                "schedule": "constant", "ema": 0.0, "batch_size": 128, "epochs": 100,
                "augment": "flip"},
@@ -185,7 +184,7 @@ def load_judge(args, data):
     if common.read_config(folder, "finetune")["flags"]["model"] not in ("cnn", "all"):
         common.fail(f"{folder} is no run of finetune.py --model cnn, which the judge is")
     judge = common.load_run(folder, "finetune", finetune.parse_args,
-                            lambda flags: finetune.CNN(len(data.classes)))  # of one size
+                            lambda flags: finetune.CNN(len(data.classes)))  # no flag sizes it
     return judge.to(args.device)
 
 
@@ -595,7 +594,7 @@ def main(argv=None):
     # smooth image is near to everything); nearest.png shows which of the two
     near = nearest(x[:1000], x_train)[1].median().item()
     near_test = nearest(data.x_test[:1000], x_train)[1].median().item()
-    train_features = finetune.encode(judge, x_train[:len(x_val) // 2])  # as many as fit samples
+    train_features = finetune.encode(judge, x_train[:len(x_val) // 2])  # as many as z_val in fit
     draw_curves(run, rows, frechet_distance(train_features, val_features), data.name)
     draw_samples(run, netG, data, x_train, album)
 

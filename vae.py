@@ -283,9 +283,9 @@ def reconstruct(model, x):
 def evaluate(model, x, beta):
     """Means over all of x as a dict: mse per pixel at z = mu; loss, kl and elbo in nats per image.
 
-    Also beta as given; kl_per_dim, a list; active_units, the number of latents whose mu varies over
-    the images by more than 0.01 (Burda et al., arXiv 1509.00519); total_correlation. The noise is
-    the same in each call, from a generator of its own: evaluating does not change the training.
+    Also beta as given; kl_per_dim, a list; active_units, the number of latents whose mu has a
+    variance over the images above 0.01 (Burda et al., arXiv 1509.00519); total_correlation. The
+    noise is the same in each call, from a generator of its own: evaluating does not change the training.
     """
     mu, logvar = encode(model, x)
     z = reparameterize(mu, logvar, torch.Generator().manual_seed(0))
@@ -302,11 +302,11 @@ def total_correlation(mu, logvar):
     """In nats, how far the latents are from independent of each other, if z were Gaussian.
 
     mu, logvar: (N, D). That is the KL of N(0, cov) from the product of its marginals, (sum of log
-    variances - log det cov) / 2. None where it is not finite: a latent that never varies.
+    variances - log det cov) / 2. None where it is not finite, as of a single image.
     """
     # covariance of z over all images: that of the means plus the mean variance
     cov = torch.cov(mu.T) + logvar.exp().mean(0).diag()
-    cov = cov.cpu().double()  # for a determinant, a product of up to 784 small numbers
+    cov = cov.cpu().double()  # latents that nearly repeat each other cost digits
     _, log_det = cov.slogdet()
     correlation = 0.5 * (cov.diag().log().sum() - log_det).item()
     return correlation if math.isfinite(correlation) else None

@@ -24,8 +24,11 @@ sys.path.insert(0, str(ROOT))  # so that plain `pytest` works too
 
 import common  # noqa: E402
 
-# most of a --fast run is the drawing: small, without a layout, t-SNE with the fewest steps it takes
+# most of a --fast run is the drawing: small, without a layout, drawn once (bbox_inches="tight"
+# draws twice), t-SNE with the fewest steps it takes
 common.DPI = 30
+savefig = common.Figure.savefig
+common.Figure.savefig = lambda fig, file, dpi, bbox_inches: savefig(fig, file, dpi=dpi)
 common.TSNE = functools.partial(common.TSNE, max_iter=250)
 ConstrainedLayoutEngine.execute = lambda self, fig: None
 os.fsync = lambda fd: None  # no test needs its files after a power cut

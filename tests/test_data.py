@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from argparse import Namespace
+from pathlib import Path
 
 import common
 import numpy as np
@@ -132,16 +133,17 @@ def test_download_goes_on_to_the_second_mirror(mirrors, monkeypatch):
 
 
 def test_a_damaged_file_is_kept_until_a_whole_one_is_there(mirrors, fashion, monkeypatch):
-    """The page of a captive portal takes its place; it is never repaired."""
+    """A file that the user put there is lost; the page of a captive portal takes its place."""
     whole = common.load_data(data_args("fashion", "fashion"))
     file = fashion / "train-images-idx3-ubyte"
     file.write_bytes(b"damaged")
     monkeypatch.setattr(common.FashionMNIST, "mirrors", mirrors[:1])
     assert common.load_data(data_args("auto", "fashion")).name == "digits"
-    assert file.read_bytes() == b"damaged"
+    assert not file.exists() and Path(f"{file}.damaged").read_bytes() == b"damaged"
     monkeypatch.setattr(common.FashionMNIST, "mirrors", mirrors[1:])
     repaired = common.load_data(data_args("fashion", "fashion"))
     assert torch.equal(whole.x_train, repaired.x_train)
+    assert Path(f"{file}.damaged").read_bytes() == b"damaged"
 
 
 def test_no_network(fashion, fails, monkeypatch, capsys):

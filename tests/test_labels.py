@@ -50,7 +50,7 @@ def test_probe():
 class FakeRegression(BaseEstimator):
     """Takes the place of LogisticRegression: how right it is, is said by how many it is asked."""
 
-    right = {}  # {number of codes: accuracy for each of STRENGTHS}
+    right = {}  # {number of codes: accuracy for each of INVERSE_PENALTIES}
 
     def __init__(self, C, max_iter):
         self.C, self.max_iter = C, max_iter
@@ -61,7 +61,7 @@ class FakeRegression(BaseEstimator):
 
     def score(self, z, y):
         assert self.seen_ == 10
-        return self.right[len(z)][finetune.STRENGTHS.index(self.C)]
+        return self.right[len(z)][finetune.INVERSE_PENALTIES.index(self.C)]
 
 
 @pytest.mark.parametrize("val, chosen", [((0.5, 0.9, 0.6), 1), ((0.9, 0.5, 0.9), 0)])

@@ -226,13 +226,14 @@ def test_bad_checkpoints_are_refused(fails, damage):
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no file", "foreign", "text", "binary", "list",
-                                    "nested", "no words", "numbers"])
+                                    "nested", "no words", "no data", "numbers"])
 def test_what_is_no_run_is_refused(fails, damage):
     """A wrong folder, or what is left of one, starts a new training or ends in a traceback."""
     file = Path("run/config.json")
     content = {"no folder": None, "no file": None, "foreign": b'{"script": "vae", "argv": []}',
                "text": b"hello", "binary": b"\xff\xfe", "list": b"[1, 2]",
                "nested": b"[" * 100_000, "no words": b'{"script": "ae"}',
+               "no data": b'{"script": "ae", "argv": []}',
                "numbers": b'{"script": "ae", "argv": 1, "data": "digits"}'}[damage]
     if damage != "no folder":
         file.parent.mkdir()

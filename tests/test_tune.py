@@ -189,8 +189,8 @@ def test_interrupted_search_goes_on(untrained, monkeypatch, fails):
     metrics = ae.main(["--resume", "a b", *CPU])
     trials = journal("a b/study.journal")
     assert states(trials) == ["FAIL", *["COMPLETE"] * 2, "FAIL", *["COMPLETE"] * 2]
-    assert trials[0].params == REPORT
-    assert len({tuple(trial.params.values()) for trial in trials}) == len(trials)
+    assert trials[0].params == trials[1].params == REPORT  # the values to beat are not lost
+    assert len({tuple(trial.params.values()) for trial in trials}) == len(trials) - 1
     redrawn = ae.main(["--resume", "a b", *CPU])  # nothing is left to be trained
     assert numbers(redrawn) == numbers(metrics) and len(metrics["trials"]) == 4
     os.rename("a b/study.journal", "moved")
@@ -198,6 +198,17 @@ def test_interrupted_search_goes_on(untrained, monkeypatch, fails):
     os.rename("moved", "a b/study.journal")
     more = ae.main([*FAST, "--tune", "6", "--storage", "a b/study.journal"])["trials"]
     assert len(more) == 6 and all(trial["state"] != "running" for trial in more)
+
+
+def test_a_full_disk_ends_the_search_in_one_line(untrained, monkeypatch, fails):
+    """Optuna's "Should not reach.", with forty lines of traceback."""
+    def fill(backend, logs):
+        raise OSError(28, "No space left on device")
+    in_trial(1, lambda: monkeypatch.setattr(ae.JournalFileBackend, "append_logs", fill),
+             monkeypatch)
+    message = fails(1, common.start, lambda: ae.main([*SEARCH, "--out-dir", "a"]))
+    assert "cannot write" in message and message.endswith("python ae.py --resume a")
+    assert states(journal("a/study.journal"))[0] == "COMPLETE"
 
 
 def test_two_workers_one_killed(monkeypatch):
