@@ -285,7 +285,7 @@ def evaluate(model, x, beta):
 
     Also beta as given; kl_per_dim, a list; active_units, the number of latents whose mu has a
     variance over the images above 0.01 (Burda et al., arXiv 1509.00519); total_correlation. The
-    noise is the same in each call, from a generator of its own: evaluating does not change the training.
+    noise is the same in each call, from a generator of its own: it changes no training.
     """
     mu, logvar = encode(model, x)
     z = reparameterize(mu, logvar, torch.Generator().manual_seed(0))
