@@ -429,6 +429,7 @@ def test_recipes_and_explicit_flags():
     assert (of["ae"].lr, of["ae"].epochs, of["ae"].augment) == (0.0001, 30, "report")
     assert (of["cnn"].lr, of["cnn"].epochs, of["cnn"].train) == (0.0085, 20, "all")
     assert of["resnet18"].train == "last" and {t.batch_size for t in of.values()} == {77}
+    assert {t.schedule for t in of.values()} == {"constant"}
     of = finetune.settings(finetune.parse_args(["--train", "head", "--scratch"]), "resnet18")
     assert of.train == "head" and not of.scratch
 

@@ -138,7 +138,7 @@ def test_index_html_shows_every_figure(digits):
     assert Path("run/fig02_a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_never_destroys_another(digits, fails):
+def test_a_run_never_destroys_another(digits, fails, monkeypatch):
     """Two runs in the same second share a folder; --out-dir writes over an old run."""
     assert len({common.Run(parse_args(CPU), digits).folder for _ in range(3)}) == 3
     os.mkdir("füll me")
@@ -149,6 +149,8 @@ def test_a_run_never_destroys_another(digits, fails):
     open("file", "w").close()
     message = fails(2, common.Run, parse_args([*CPU, "--out-dir", "file/x"]), digits)
     assert "cannot write to file/x" in message
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(()))  # before the other run wrote
+    assert "cannot write to füll me (File exists)" in fails(2, common.Run, args, digits)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(fails, monkeypatch):
