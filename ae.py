@@ -171,7 +171,7 @@ def build(args):
 
 
 def load_run(folder):
-    """The Autoencoder that a finished run of this script shows."""
+    """The Autoencoder of a finished run of this script; of several folds, the last one's."""
     return common.load_run(folder, "ae", parse_args, build)
 
 
@@ -402,7 +402,8 @@ def open_study(args, where):
             f"-price{args.price}")
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
                                 direction="minimize", pruner=pruner)
-    # the report's values come first, and once more where an interruption made them fail
+    # the report's values come first, and once more where an interruption made them fail (of a new
+    # study all() is true: there are none)
     if all(t.state == TrialState.FAIL for t in study.trials if t.user_attrs.get("report")):
         study.enqueue_trial(REPORT, user_attrs={"report": True})
     return study
@@ -426,14 +427,14 @@ def tune(args, data):
         study = open_study(args, where)
     except Exception as error:  # each kind of storage raises its own
         common.fail(f"cannot keep a study in {where} ({type(error).__name__}: {error})")
-    # the study is new, and --resume would search once more
+    # --resume only redraws a finished search; where its study is lost, an empty one was just made
     if (run.folder / "metrics.json").exists() and not study.get_trials(states=FINISHED):
         common.fail(f"the study of a finished run, {where}, is gone: start a new one")
 
     def objective(trial):
         # All draws follow from the seed and the trial's number; with one seed for all, processes
-        # that share a --storage would try the same points. suggest() draws by this new sampler,
-        # which forgets nothing: TPE finds the trials before this one in the study
+        # that share a --storage would try the same points. A new sampler for each trial loses
+        # nothing: TPE reads the trials before it from the study
         rng = common.seed_everything(args.seed, trial.number)
         study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())  # rng's own seed
         values = suggest(trial)
@@ -469,7 +470,7 @@ def finish_search(args, run, study, data_name):
     """The table of trials and their picture, with the best command; returns the metrics."""
     rows = []
     for trial in study.get_trials(states=FINISHED):
-        # a pruned trial has the last cost that it reported; without one (nan) it gets no row
+        # a pruned trial has the last cost that it reported, and no row if even its first was nan
         if trial.value is not None:
             values = trial.user_attrs["values"]
             rows.append({"trial": trial.number, "state": trial.state.name.lower(), **values,
@@ -540,7 +541,8 @@ def ablate(args, data, repeats=3):
         for seed in range(args.seed, args.seed + repeats):
             train_idx, val_idx = common.split(data.y_train, seed)
             _, rows = fit(common.with_flags(args, **flags), run, f"{name}, seed {seed}",
-                          (seed, 0), data.x_train[train_idx], data.x_train[val_idx])  # 0: one fold
+                          (seed, 0),  # 0: the only fold
+                          data.x_train[train_idx], data.x_train[val_idx])
             last_rows.append(rows[-1])
         each = [row["val_mse"] for row in last_rows]
         if name == "baseline":

@@ -337,7 +337,7 @@ def splits(y, folds, seed):
     if folds == 1:
         return {"one split": split(y, seed)}
     y = y.cpu().numpy()
-    pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)  # of x only len(x)
+    pairs = StratifiedKFold(folds, shuffle=True, random_state=seed).split(y, y)  # for x; its length
     return {f"fold {n}": tuple(torch.tensor(part) for part in pair)
             for n, pair in enumerate(pairs, start=1)}
 
@@ -371,7 +371,7 @@ def augment(x, kind, rng):
     if kind != "flip":
         angle = (torch.rand(len(x), generator=rng) * 2 - 1) * math.radians(15)
         # where to look; the image itself moves to the other side, which is as likely
-        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) * 2 / 28  # of 28 pixels
+        right, down = torch.randint(-2, 3, (2, len(x)), generator=rng) * 2 / 28  # a pixel is 2 / 28
         if kind == "report":
             right = down = torch.zeros(len(x))  # turned, not moved
         else:

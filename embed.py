@@ -157,13 +157,13 @@ def table(maps):
 def spread(points, gap):
     """Indices of points (N, 2) all over a map, no two closer than gap times its width and height.
 
-    In the order of the data, each point that no chosen one is near.
+    Goes through the points in order, and takes each that is near to none of those taken before.
     """
     points = points / np.ptp(points, axis=0)
     chosen = []
     for i, point in enumerate(points):
         distances = np.abs(points[chosen] - point).max(1)  # the larger one of across and down
-        if (distances > gap).all():  # also of the first one, that has none
+        if (distances > gap).all():  # true for the first, which has none
             chosen.append(i)
     return chosen
 

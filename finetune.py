@@ -56,7 +56,7 @@ SETTINGS = {  # by recipe and model; a flag that is given wins over them
         "ae": {"train": "all", "epochs": 80, "batch_size": 64, "lr": 0.008, "weight_decay": 0.0,
                "augment": "shift"},
         "resnet18": RESNET, "resnet18-random": RESNET,
-        # many weights and many epochs: it takes more to keep it from learning images by heart
+        # of many weights: it takes more to keep it from learning images by heart
         "cnn": {"train": "all", "epochs": 40, "batch_size": 128, "lr": 0.004,
                 "weight_decay": 5e-5, "augment": "erase"}},
     # the report gives none for ResNet18: a guess. Its CNN saw each image once plain and once
@@ -393,8 +393,8 @@ def label_efficiency(args, data):
 
     The settings of each way are chosen on the validation images, for each number of labels and each
     seed. Somebody with 100 labels would not have so many of those: what counts is that all ways
-    are chosen alike. The encoders saw every image of the pool, without labels, and are the same
-    for all three seeds.
+    are chosen alike. The encoders saw every image of the training part, the pool, without labels,
+    and are the same for all three seeds.
     """
     pool, val_idx = common.split(data.y_train, args.seed)
     for n in args.labels:
@@ -445,7 +445,7 @@ def transfer(args, data):
         chosen = (y >= low) & (y < high)
         return x[chosen], y[chosen] - low
 
-    # what the training part of each seed has at least: 80 %, give or take a few
+    # the largest number of labels: a training part has a few images less or more than 80 %
     most = (data.y_train >= half).sum().item() * 3 // 4
     for seed in range(args.seed, args.seed + SEEDS):
         train_idx, val_idx = common.split(data.y_train, seed)
@@ -456,7 +456,7 @@ def transfer(args, data):
 
         x, y = of_classes(*train, half, classes)
         x_val, y_val = of_classes(*val, half, classes)
-        few_val = x_val[:1000], y_val[:1000]  # enough to choose, and each epoch looks at them
+        few_val = x_val[:1000], y_val[:1000]  # enough to choose by; more would slow each epoch
         test = of_classes(data.x_test, data.y_test, half, classes)
         for n in sorted({min(n, most) for n in (50, 500, 5000)}):
             idx = label_subset(y, n, seed)

@@ -42,7 +42,7 @@ import vae
 
 RECIPES = {
     "best": {},
-    # the report gives all but the widths and the batch; that of the DCGAN paper is a guess
+    # the report gives all but the widths and the batch size. Our guesses; 128 is DCGAN's
     "report": {"noise_dim": 32, "filters": [64, 32, 16], "d_filters": [16, 32], "batchnorm": False,
                "spectral_norm": False, "init_std": 0.02, "lr": 0.0002, "beta1": 0.5,
                "schedule": "constant", "ema": 0.0, "batch_size": 128, "epochs": 100,
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     group.add_argument("--d-filters", type=number(int, 1, 512), nargs="+", default=[64, 96, 80],
                        help="maps of the discriminator's convolutions, four at most; what a number "
                             "in the last maps sees is 10x10 pixels with two convolutions, as in "
-                            "the report, and up to 22x22 with three")
+                            "the report, and 22x22 with three")
     group.add_argument("--batchnorm", action=argparse.BooleanOptionalAction, default=True,
                        help="normalise the generator's maps over the batch")
     group.add_argument("--spectral-norm", action=argparse.BooleanOptionalAction, default=True,
@@ -172,7 +172,7 @@ def build(args):
 
 
 def load_run(folder):
-    """The generator that a finished run of this script shows."""
+    """The averaged generator of a finished run of this script."""
     return common.load_run(folder, "gan", parse_args, lambda args: build(args)[0])
 
 
@@ -184,7 +184,7 @@ def load_judge(args, data):
     if common.read_config(folder, "finetune")["flags"]["model"] not in ("cnn", "all"):
         common.fail(f"{folder} is no run of finetune.py --model cnn, which the judge is")
     judge = common.load_run(folder, "finetune", finetune.parse_args,
-                            lambda flags: finetune.CNN(len(data.classes)))  # no flag sizes it
+                            lambda flags: finetune.CNN(len(data.classes)))  # of fixed size
     return judge.to(args.device)
 
 
@@ -441,7 +441,7 @@ VARIANTS = {  # one change at a time
         "beta1 0.5": {"beta1": 0.5}, "flips": {"augment": "flip"},
         "weights of DCGAN": {"init_std": 0.02},
         "noise 8": {"noise_dim": 8}, "noise 128": {"noise_dim": 128}},
-    "report": {
+    "report": {  # each alone, too
         "report": {}, "+ third layer in D": {"d_filters": [16, 32, 64]},
         "+ batch norm": {"batchnorm": True},
         "+ spectral norm": {"spectral_norm": True}, "+ EMA": {"ema": 0.999},
@@ -455,9 +455,10 @@ VARIANTS = {  # one change at a time
 def ablate(args, data, repeats=2):
     """Train each variant of the recipe with each seed, all equally long; returns the metrics.
 
-    On validation data: which ingredient to take is a choice. The variants share each seed's split
-    and judge; a difference no larger than that between the seeds of the first variant, the recipe
-    as it is, shows nothing. Widths and batch size also differ between the recipes, and stay.
+    On validation data: which ingredient to take is a choice. The variants share each seed's split,
+    and one judge, which has learned from most of the second seed's validation images: compare
+    variants, not seeds. A difference no larger than that between the seeds of the first variant,
+    the recipe as it is, shows nothing. Widths and batch size differ between the recipes, and stay.
     """
     run = common.Run(args, data, columns=("d_loss", "g_loss", "val_frechet"))
     judge = load_judge(args, data)

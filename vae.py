@@ -163,7 +163,7 @@ def build(args):
 
 
 def load_run(folder):
-    """The VAE that a finished run of this script shows."""
+    """The VAE of a finished run of this script; of several, the one in its figures."""
     return common.load_run(folder, "vae", parse_args, build)
 
 
