@@ -402,8 +402,8 @@ def open_study(args, where):
             f"-price{args.price}")
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
                                 direction="minimize", pruner=pruner)
-    # the report's values come first, and once more where an interruption made them fail (of a new
-    # study all() is true: there are none)
+    # the report's values come first, and once more where Ctrl-C made them fail (of a new study
+    # all() is true: there are none)
     if all(t.state == TrialState.FAIL for t in study.trials if t.user_attrs.get("report")):
         study.enqueue_trial(REPORT, user_attrs={"report": True})
     return study
@@ -438,7 +438,6 @@ def tune(args, data):
         rng = common.seed_everything(args.seed, trial.number)
         study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())  # rng's own seed
         values = suggest(trial)
-        trial.set_user_attr("values", values)
         print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
         changed = common.with_flags(args, **values)
         model = build(changed)
@@ -461,7 +460,10 @@ def tune(args, data):
     if len(study.get_trials(states=FINISHED)) < args.tune:
         try:
             study.optimize(objective, callbacks=[say, MaxTrialsCallback(args.tune, FINISHED)])
-        except AssertionError as error:  # Optuna's answer to a storage that takes no more
+        except AssertionError as error:
+            if str(error) != "Should not reach.":
+                raise  # a bug in a model, say
+            # Optuna says so where a full disk keeps it from noting down that a trial failed
             raise OSError(f"cannot write to the study in {where}") from error
     return finish_search(args, run, study, data.name)
 
@@ -472,7 +474,7 @@ def finish_search(args, run, study, data_name):
     for trial in study.get_trials(states=FINISHED):
         # a pruned trial has the last cost that it reported, and no row if even its first was nan
         if trial.value is not None:
-            values = trial.user_attrs["values"]
+            values = suggest(trial)  # of a finished trial: those that it had
             rows.append({"trial": trial.number, "state": trial.state.name.lower(), **values,
                          "epochs": len(trial.intermediate_values), "cost": trial.value,
                          "val_mse": trial.value - args.price * values["latent_dim"],

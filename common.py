@@ -100,8 +100,7 @@ def number(kind, low, high):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-    # argparse prints this name in "invalid whole number value: 'x'"
-    convert.__name__ = {int: "whole number", float: "number"}[kind]
+    convert.__name__ = kind.__name__  # argparse prints it: "invalid int value: 'x'"
     return convert
 
 
@@ -117,7 +116,7 @@ def add_training_flags(parser, recipes, folds=True, **defaults):
     group.add_argument("--augment", choices=("none", "flip", "shift", "erase", "report"),
                        default=defaults["augment"], help="random change to each training image in "
                        "each epoch: flip: left-right; shift: that and up to 2 pixels; erase: that "
-                       "and a black rectangle; report: as there in section 5, rotated, upside down")
+                       "and a black rectangle; report: rotated, some upside down; its section 5")
     group.add_argument("--recipe", choices=recipes, default="best",
                        help="best: these defaults; others: the report's settings, see the script")
     if folds:
@@ -227,6 +226,7 @@ class FashionMNIST(torchvision.datasets.FashionMNIST):
         return False  # never from processed/*.pt of torchvision's early versions
 
     def damaged(self):
+        """The files that are missing or have another content than the official ones."""
         files = [Path(self.raw_folder, name) for name in SHA256]
         return [f for f in files if not f.is_file()
                 or hashlib.sha256(f.read_bytes()).hexdigest() != SHA256[f.name]]
@@ -289,12 +289,14 @@ def read_digits():
 def read_fashion(folder, download):
     """FashionMNIST in folder/FashionMNIST/raw, as the fields of Data.
 
-    What is missing or damaged there torchvision unpacks from a .gz beside it, or downloads.
-    LookupError where it cannot.
+    With download, torchvision unpacks what is missing or damaged there from a .gz beside it, or
+    fetches it. LookupError where something stays so.
     """
     try:
         train = FashionMNIST(folder, download=download)
         test = FashionMNIST(folder, train=False)
+    except MemoryError:
+        raise
     except Exception as why:  # whatever a network and damaged files make torchvision raise
         reason = " ".join(str(why).split()) if download else "--fast downloads nothing"
         raise LookupError(f"no whole FashionMNIST in {folder} ({reason})") from why
@@ -486,7 +488,7 @@ def load_checkpoint(file, things):
              f"{str(error)[:200]}): name another run, or start a new one")
 
 
-@functools.cache  # parsing takes a tenth of a second, and gan.py --compare asks many times
+@functools.cache  # parsing the sources takes a tenth of a second
 def digest(script, *words):
     """Six digits that change with the code of a training, and with the words of a command.
 
@@ -535,7 +537,7 @@ def new_folder(args, config):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            quoted = shlex.quote(str(folder))
+            quoted = shlex.quote(folder.as_posix())  # "\\" of Windows would be quoted
             fail(f"{quoted} is not empty: name a new folder, or go on with the run in it by "
                  f"--resume {quoted}")
         with open(folder / "config.json", "x") as f:  # x: not if another run has just begun there
@@ -575,7 +577,8 @@ class Run:
         config = new_config(args)
         self.config = read_config(args.resume, args.script) if args.resume else config
         self.folder = Path(args.resume) if args.resume else new_folder(args, config)
-        self.command = shlex.join(["python", f"{args.script}.py", "--resume", str(self.folder)])
+        self.command = shlex.join(
+            ["python", f"{args.script}.py", "--resume", self.folder.as_posix()])
         if Run.advice is None:  # not of a training that the first run asked for, by trained()
             Run.advice = f"go on with: {self.command}"
         print(f"{data.name}, {len(data.x_train):,} training and {len(data.x_test):,} test images; "
@@ -708,11 +711,13 @@ def load_run(folder, script, parse_args, build):
     parse_args, build: functions of the script. Exit 2 where another script made it, it is not
     finished, or its weights do not fit.
     """
-    config = read_config(folder, script)
+    config, file = read_config(folder, script), Path(folder) / "model.pt"
+    if not file.is_file():
+        fail(f"the run in {folder} is not finished, or made no model")
     if config.get("source") != digest(script):
         print(f"warning: {script}.py has changed since it made {folder}", file=sys.stderr)
     model = build(parse_args([*config["argv"], "--device", "cpu"]))
-    load_checkpoint(Path(folder) / "model.pt", {"model": model})
+    load_checkpoint(file, {"model": model})
     return model
 
 
@@ -755,8 +760,7 @@ def show_images(ax, x, columns):
     """Draw x (N, 1, 28, 28) as a grid, white on black, always on the scale 0 to 1."""
     ax.imshow(make_grid(x.cpu(), nrow=columns, padding=1, pad_value=0.5)[0].numpy(),
               cmap="gray", vmin=0, vmax=1)
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
 
 
 def draw_rows(run, name, rows, columns, title, caption, names=()):

@@ -307,8 +307,7 @@ def total_correlation(mu, logvar):
     # covariance of z over all images: that of the means plus the mean variance
     cov = torch.cov(mu.T) + logvar.exp().mean(0).diag()
     cov = cov.cpu().double()  # latents that nearly repeat each other cost digits
-    _, log_det = cov.slogdet()
-    correlation = 0.5 * (cov.diag().log().sum() - log_det).item()
+    correlation = 0.5 * (cov.diag().log().sum() - cov.logdet()).item()
     return correlation if math.isfinite(correlation) else None
 
 

@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -28,7 +29,8 @@ import common  # noqa: E402
 # draws twice), t-SNE with the fewest steps it takes
 common.DPI = 30
 savefig = common.Figure.savefig
-common.Figure.savefig = lambda fig, file, dpi, bbox_inches: savefig(fig, file, dpi=dpi)
+common.Figure.savefig = lambda fig, file, dpi, bbox_inches: (
+    savefig(fig, file, dpi=dpi) if bbox_inches == "tight" else pytest.fail("a label may be cut"))
 common.TSNE = functools.partial(common.TSNE, max_iter=250)
 ConstrainedLayoutEngine.execute = lambda self, fig: None
 os.fsync = lambda fd: None  # no test needs its files after a power cut
@@ -98,6 +100,8 @@ def forked(function, *args):
     try:
         with open(write, "w") as out, contextlib.redirect_stdout(out):
             function(*args)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(1)  # without the handlers of pytest
 

@@ -252,7 +252,7 @@ def test_what_is_no_run_is_refused(fails, damage):
 def test_load_run(fails, capsys):
     """Weights of an unfinished run; a flag out of range from the file; another code, no word."""
     interrupted("part", 0.3)
-    assert "model.pt" in fails(2, common.load_run, "part", "ae", parse_args, build)
+    assert "not finished" in fails(2, common.load_run, "part", "ae", parse_args, build)
     main([*CPU, "--out-dir", "run", "--recipe", "report"], [0.3, 0.1, 0.2])
     capsys.readouterr()
     assert common.load_run("run", "ae", parse_args, build).in_features == 5

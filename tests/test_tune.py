@@ -211,6 +211,15 @@ def test_a_full_disk_ends_the_search_in_one_line(untrained, monkeypatch, fails):
     assert states(journal("a/study.journal"))[0] == "COMPLETE"
 
 
+def test_a_bug_in_a_trial_keeps_its_traceback(untrained, monkeypatch):
+    """It is called a full disk."""
+    def bug(*args):
+        raise AssertionError("shapes differ")
+    monkeypatch.setattr(ae, "train_epoch", bug)
+    with pytest.raises(AssertionError, match="shapes differ"):
+        common.start(lambda: ae.main([*SEARCH, "--out-dir", "a"]))
+
+
 def test_two_workers_one_killed(monkeypatch):
     """Finished trials lost, fewer than asked for, workers that try the same points."""
     command = [*FAST, "--tune", "4", "--epochs", "2", "--storage", "j", "--out-dir"]
