@@ -409,6 +409,30 @@ def open_study(args, where):
     return study
 
 
+def run_trial(trial, args, x_train, x_val):
+    """A short training with values that suggest() draws; returns its cost in the last epoch."""
+    # All draws follow from the seed and the trial's number; with one seed for all, processes that
+    # share a --storage would try the same points. A new sampler for each trial loses nothing: TPE
+    # reads the trials before it from the study
+    rng = common.seed_everything(args.seed, trial.number)
+    trial.study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())  # rng's own seed
+    values = suggest(trial)
+    print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
+    changed = common.with_flags(args, **values)
+    model = build(changed)
+    optimizer, schedule = make_optimizer(model, changed, len(x_train))
+    for epoch in range(1, args.epochs + 1):  # as in fit, but Optuna looks on
+        rng = common.seed_everything(args.seed, trial.number, epoch)
+        train_epoch(model, x_train, optimizer, schedule, changed, rng)
+        cost = evaluate(model, x_val) + args.price * changed.latent_dim
+        if not math.isfinite(cost):
+            raise optuna.TrialPruned
+        trial.report(cost, epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    return cost
+
+
 def tune(args, data):
     """Search until args.tune trials are finished; returns the metrics.
 
@@ -431,35 +455,14 @@ def tune(args, data):
     if (run.folder / "metrics.json").exists() and not study.get_trials(states=FINISHED):
         common.fail(f"the study of a finished run, {where}, is gone: start a new one")
 
-    def objective(trial):
-        # All draws follow from the seed and the trial's number; with one seed for all, processes
-        # that share a --storage would try the same points. A new sampler for each trial loses
-        # nothing: TPE reads the trials before it from the study
-        rng = common.seed_everything(args.seed, trial.number)
-        study.sampler = optuna.samplers.TPESampler(seed=rng.initial_seed())  # rng's own seed
-        values = suggest(trial)
-        print(f"trial {trial.number}:", *(f"{k} {v}" for k, v in values.items()), flush=True)
-        changed = common.with_flags(args, **values)
-        model = build(changed)
-        optimizer, schedule = make_optimizer(model, changed, len(x_train))
-        for epoch in range(1, args.epochs + 1):  # as in fit, but Optuna looks on
-            rng = common.seed_everything(args.seed, trial.number, epoch)
-            train_epoch(model, x_train, optimizer, schedule, changed, rng)
-            cost = evaluate(model, x_val) + args.price * changed.latent_dim
-            if not math.isfinite(cost):
-                raise optuna.TrialPruned
-            trial.report(cost, epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-        return cost
-
     def say(study, trial):
         print(f"trial {trial.number}: {trial.state.name.lower()}, "
               f"{len(study.get_trials(states=FINISHED))} of {args.tune} finished", flush=True)
 
     if len(study.get_trials(states=FINISHED)) < args.tune:
         try:
-            study.optimize(objective, callbacks=[say, MaxTrialsCallback(args.tune, FINISHED)])
+            study.optimize(lambda trial: run_trial(trial, args, x_train, x_val),
+                           callbacks=[say, MaxTrialsCallback(args.tune, FINISHED)])
         except AssertionError as error:
             if str(error) != "Should not reach.":
                 raise  # a bug in a model, say

@@ -80,12 +80,9 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviated flags, and with errors of one line.
+    """argparse without abbreviated flags, and with errors of one line."""
 
-    doc: the script's docstring, None under python -OO; --help shows its first line.
-    """
-
-    def __init__(self, doc):
+    def __init__(self, doc):  # the script's docstring; None under python -OO
         super().__init__(description=(doc or "").partition("\n")[0], allow_abbrev=False,
                          formatter_class=Formatter)
 
