@@ -85,6 +85,15 @@ def test_damaged_fashion_is_never_used(fashion, fails, capsys, monkeypatch, dama
     assert len(capsys.readouterr().out.splitlines()) == 1  # the fallback is said, in one line
 
 
+def test_no_memory_is_no_reason_for_other_data(fashion, monkeypatch):
+    """Out of memory while the files are read: a run on the digits, without a word of the reason."""
+    def full(*args):
+        raise MemoryError
+    monkeypatch.setattr(common.FashionMNIST, "_load_data", full)
+    with pytest.raises(MemoryError):
+        common.load_data(data_args("auto", "fashion"))
+
+
 def test_an_old_cache_of_torchvision_is_not_used(fashion):
     """torchvision prefers processed/*.pt of its early versions, whatever they hold."""
     folder = fashion.parent / "processed"

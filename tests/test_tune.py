@@ -72,6 +72,8 @@ def in_trial(number, change, monkeypatch):
 def test_search(search, no_figures):  # noqa: F811
     """Another cost than the one promised, a best trial that is not, or a missing figure."""
     metrics, folder, _ = search
+    # what was trained with, not what was drawn: the command at the end has two digits
+    assert all(float(f"{trial['lr']:.2g}") == trial["lr"] for trial in metrics["trials"])
     trials, best = metrics["trials"], metrics["best"]
     assert {k: trials[0][k] for k in best if k != "command"} == {
         k: v for k, v in best.items() if k != "command"}
